@@ -1,0 +1,77 @@
+// Reading and writing of safetensors files: an 8-byte little-endian header length, a JSON header
+// {"name": {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {...}}, then the bytes.
+//
+// The reader trusts nothing: the header is bounded (kMaxHeaderBytes) and must lie within the file; every tensor's range
+// must lie within the file, match its shape and dtype without overflow, and overlap no other; all are checked before
+// anything is allocated from a number of the file. Data is read with pread, so that a file that shrinks under us is an
+// error and not a SIGBUS.
+#ifndef DELTANET_MODEL_BASE_SAFETENSORS_H_
+#define DELTANET_MODEL_BASE_SAFETENSORS_H_
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "model/base/tensor_view.h"
+
+namespace deltanet {
+
+// One tensor of a file.
+struct SafetensorsEntry {
+  DType dtype = DType::kFloat32;
+  Shape shape;
+  int64_t file_offset = 0;  // Of the first byte, from the start of the file.
+  int64_t bytes = 0;
+};
+
+// An open file and its checked header. Thread-safe: all reads are positioned. Movable.
+class SafetensorsReader {
+ public:
+  static constexpr int64_t kMaxHeaderBytes = int64_t{100} << 20;
+
+  // NOT_FOUND if there is no such file, PERMISSION_DENIED if it cannot be opened, INVALID_ARGUMENT if it is truncated or
+  // malformed, or holds a dtype other than F32, F16, BF16, F64 and I64; the message names the file, the tensor, the
+  // value found and the value wanted.
+  static absl::StatusOr<SafetensorsReader> Open(const std::string& path);
+
+  SafetensorsReader(SafetensorsReader&& other) noexcept;
+  SafetensorsReader& operator=(SafetensorsReader&& other) noexcept;
+  ~SafetensorsReader();
+
+  const std::string& path() const { return path_; }
+  // By name, in the order of names.
+  const std::map<std::string, SafetensorsEntry>& entries() const { return entries_; }
+  // NOT_FOUND names the tensor and the file. The pointer lives as long as the reader.
+  absl::StatusOr<const SafetensorsEntry*> Find(absl::string_view name) const;
+
+  // Reads all of `entry`'s bytes to `to`, which has entry.bytes bytes. DATA_LOSS if the file has shrunk or cannot be
+  // read; `to` is then unspecified.
+  absl::Status Read(const SafetensorsEntry& entry, void* to) const;
+
+ private:
+  SafetensorsReader(std::string path, int file_descriptor, std::map<std::string, SafetensorsEntry> entries);
+
+  std::string path_;
+  int file_descriptor_ = -1;
+  std::map<std::string, SafetensorsEntry> entries_;
+};
+
+// Parses and checks the JSON header of a file of `file_bytes` bytes whose data begins at `data_start`. Split from Open so
+// that tests can feed it anything. Errors as Open, without the file's name.
+absl::StatusOr<std::map<std::string, SafetensorsEntry>> ParseSafetensorsHeader(absl::string_view header_json,
+                                                                               int64_t data_start,
+                                                                               int64_t file_bytes);
+
+// Writes CPU tensors to `path`, replacing it at once (a temporary file, then a rename). INVALID_ARGUMENT for a repeated
+// name; PERMISSION_DENIED, RESOURCE_EXHAUSTED (disk full) or INTERNAL from the file system: then `path` is as it was.
+absl::Status WriteSafetensors(const std::string& path,
+                              const std::vector<std::pair<std::string, TensorView>>& tensors);
+
+}  // namespace deltanet
+
+#endif  // DELTANET_MODEL_BASE_SAFETENSORS_H_

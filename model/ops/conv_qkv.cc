@@ -1,0 +1,1 @@
+#include "model/ops/conv_qkv.h"

@@ -1,0 +1,1 @@
+#include "model/ops/delta_rule.h"

@@ -1,0 +1,38 @@
+// Operators with one output a token and nothing remembered: gated units and the embedding lookup.
+#ifndef DELTANET_MODEL_OPS_ELEMENTWISE_H_
+#define DELTANET_MODEL_OPS_ELEMENTWISE_H_
+
+#include <cstdint>
+
+#include "absl/status/status.h"
+#include "model/ops/rows.h"
+
+namespace deltanet {
+
+enum class GateKind {
+  kSigmoidSecond,  // first * sigmoid(second): transformer_block.
+  kSiluFirst,      // silu(first) * second: deltanet_model (SwiGLU).
+};
+
+struct GatedUnitArgs {
+  GateKind kind = GateKind::kSigmoidSecond;
+  int64_t rows = 0;             // N
+  int64_t width = 0;            // f
+  const float* x = nullptr;     // [N, 2f]: first, second.
+  const float* bias = nullptr;  // [2f] Added before the gate; null: none.
+  float* out = nullptr;         // [N, f]; must not overlap x.
+};
+absl::Status GatedUnit(const GatedUnitArgs& args, const OpContext& context);
+
+struct EmbedArgs {
+  int64_t rows = 0;               // N
+  int64_t width = 0;              // d
+  const int64_t* ids = nullptr;   // [N], each in [0, vocabulary): checked by the caller.
+  const float* table = nullptr;   // [vocabulary, d]
+  float* out = nullptr;           // [N, d]
+};
+absl::Status Embed(const EmbedArgs& args, const OpContext& context);
+
+}  // namespace deltanet
+
+#endif  // DELTANET_MODEL_OPS_ELEMENTWISE_H_

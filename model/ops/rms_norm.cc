@@ -1,0 +1,1 @@
+#include "model/ops/rms_norm.h"

@@ -1,0 +1,32 @@
+// RMSNorm and the additions around it.
+#ifndef DELTANET_MODEL_OPS_RMS_NORM_H_
+#define DELTANET_MODEL_OPS_RMS_NORM_H_
+
+#include <cstdint>
+
+#include "absl/status/status.h"
+#include "model/ops/rows.h"
+
+namespace deltanet {
+
+// The README families: x / (sqrt(mean(x^2)) + kRmsEpsilon) * scale.
+inline constexpr float kRmsEpsilon = 1e-8f;
+
+struct AddRmsNormArgs {
+  int64_t rows = 0;                // N
+  int64_t width = 0;               // d
+  const float* x = nullptr;        // [*, d]
+  const int32_t* gather = nullptr;  // [N] Row of x (and of delta) that output row n takes; null: row n.
+  const float* delta = nullptr;    // [*, d] Added to x; null: nothing.
+  const float* bias = nullptr;     // [d] Added too; null: nothing.
+  float* sum = nullptr;            // [N, d] x + delta + bias; null: not wanted. May be x or delta if gather is null.
+  const float* scale = nullptr;    // [d] Null: no norm is computed and `normed` is null.
+  float* normed = nullptr;         // [N, d] The RMSNorm of the sum. May be x or delta (not `sum`) if gather is null.
+};
+
+// Bytes a token: 4d for each of x, delta, sum, normed that is there. INVALID_ARGUMENT on sizes or device.
+absl::Status AddRmsNorm(const AddRmsNormArgs& args, const OpContext& context);
+
+}  // namespace deltanet
+
+#endif  // DELTANET_MODEL_OPS_RMS_NORM_H_

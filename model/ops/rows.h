@@ -1,0 +1,49 @@
+// What every operator of the engine is told about a step: a ragged batch of rows, the state slots beside it, and where
+// and how to run.
+//
+// A row is one span of one sequence. Rows are concatenated, never padded: token n of the step belongs to the row r with
+// offsets[r] <= n < offsets[r+1]. Time is counted in tokens fed to the sequence since its start; token i of row r is fed
+// at time position[r] + i. Layer l of a model whose layers each look `a` tokens ahead works, at time t, on the input of
+// position t - l*a ("lag"); a position is valid if 0 <= position < end[r]. Invalid positions enter a convolution as zero
+// (after the linear layer, so without its bias) and have beta = 0.
+#ifndef DELTANET_MODEL_OPS_ROWS_H_
+#define DELTANET_MODEL_OPS_ROWS_H_
+
+#include <cstdint>
+
+#include "model/base/parallel.h"
+#include "model/base/tensor_view.h"
+
+namespace deltanet {
+
+// Arrays live on the step's device and outlive the operator's work. R rows, N tokens.
+struct RaggedRows {
+  int64_t rows = 0;                    // R
+  int64_t tokens = 0;                  // N == offsets[R]
+  const int32_t* offsets = nullptr;    // [R+1], offsets[0] == 0, not decreasing: a row may be empty.
+  const int32_t* base_slot = nullptr;  // [R] State read; ignored where fresh.
+  const int32_t* work_slot = nullptr;  // [R] State written; may equal base_slot; no two rows share one.
+  const uint8_t* fresh = nullptr;      // [R] 1: the row starts from zero state and reads no slot.
+  const int64_t* position = nullptr;   // [R] Time of the row's first token.
+  const int64_t* end = nullptr;        // [R] Length of the sequence, or INT64_MAX while unknown.
+};
+
+// One layer's part of the slots: slot s has its floats at pool + s * slot_stride + offset.
+struct SlotView {
+  float* pool = nullptr;
+  int64_t slot_stride = 0;  // Floats.
+  int64_t offset = 0;       // Floats.
+
+  float* at(int32_t slot) const { return pool + static_cast<int64_t>(slot) * slot_stride + offset; }
+};
+
+// Where an operator runs. On CPU the work is done when it returns; on CUDA it is queued on `stream`.
+struct OpContext {
+  Device device;
+  ParallelFor parallel_for;
+  void* stream = nullptr;  // cudaStream_t on CUDA.
+};
+
+}  // namespace deltanet
+
+#endif  // DELTANET_MODEL_OPS_ROWS_H_
