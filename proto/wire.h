@@ -45,14 +45,15 @@ inline constexpr char kErrorDomain[] = "deltanet";
 absl::Status MakeError(absl::StatusCode code, absl::string_view reason, absl::string_view message,
                        const std::map<std::string, std::string>& metadata = {});
 // The same status with one more entry in its ErrorInfo's metadata (an ErrorInfo is added where there is none, with the
-// code's own name as reason).
+// code's own name as reason). OK stays OK.
 absl::Status WithErrorMetadata(const absl::Status& status, const std::string& key, const std::string& value);
 // The reason of a status's ErrorInfo, or "" where it has none.
 std::string ErrorReason(const absl::Status& status);
 // A value of its ErrorInfo's metadata, or "".
 std::string ErrorMetadata(const absl::Status& status, const std::string& key);
 
-// absl::Status <-> google.rpc.Status <-> grpc::Status, with details kept both ways.
+// absl::Status <-> google.rpc.Status <-> grpc::Status, with details kept both ways. A code that has no name becomes
+// UNKNOWN. ToGrpcStatus cuts messages over 1 KiB: they travel in trailers, which are bounded to 8 KiB.
 google::rpc::Status ToRpcStatus(const absl::Status& status);
 absl::Status FromRpcStatus(const google::rpc::Status& status);
 grpc::Status ToGrpcStatus(const absl::Status& status);
@@ -60,8 +61,10 @@ absl::Status FromGrpcStatus(const grpc::Status& status);
 
 // DATA_TYPE_UNSPECIFIED and unknown numbers are INVALID_ARGUMENT.
 absl::StatusOr<DType> FromProtoDType(v1::DataType dtype);
+// DATA_TYPE_UNSPECIFIED for float64, which does not travel.
 v1::DataType ToProtoDType(DType dtype);
 
+// Rounds to a nanosecond, towards zero; what is out of the proto's range (10,000 years) becomes its limit.
 void ToProtoDuration(absl::Duration duration, google::protobuf::Duration* proto);
 // INVALID_ARGUMENT if out of the range that the proto allows.
 absl::StatusOr<absl::Duration> FromProtoDuration(const google::protobuf::Duration& proto);
