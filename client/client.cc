@@ -1,0 +1,207 @@
+#include "client/client.h"
+
+#include <grpcpp/grpcpp.h>
+
+#include <limits>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "client/messages.h"
+#include "deltanet/v1/deltanet.grpc.pb.h"
+#include "grpc/health/v1/health.grpc.pb.h"
+#include "model/base/status_macros.h"
+#include "proto/wire.h"
+
+namespace deltanet {
+namespace {
+
+void SetTimeout(absl::Duration timeout, grpc::ClientContext* context) {
+  if (timeout == absl::InfiniteDuration()) return;
+  context->set_deadline(absl::ToChronoTime(absl::Now() + timeout));
+}
+
+}  // namespace
+
+absl::string_view ClientVersion() { return DELTANET_VERSION; }
+
+class ForwardStream::Impl {
+ public:
+  Impl(v1::DeltaNetService::Stub* stub, const StreamOptions& options) {
+    SetTimeout(options.timeout, &context);
+    call = stub->StreamForward(&context);
+  }
+
+  grpc::ClientContext context;
+  std::unique_ptr<grpc::ClientReaderWriter<v1::StreamForwardRequest, v1::StreamForwardResponse>> call;
+
+  // The writer's.
+  bool writes_done = false;
+
+  // The reader's.
+  v1::StreamForwardResponse response;
+
+  std::optional<absl::Status> finished;
+};
+
+ForwardStream::ForwardStream(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+
+ForwardStream::~ForwardStream() {
+  if (impl_->finished) return;
+  Cancel();
+  (void)Finish();  // Nobody is left who would want to know.
+}
+
+bool ForwardStream::Write(const StreamRequest& request) {
+  return !impl_->writes_done && impl_->call->Write(ToProtoRequest(request));
+}
+
+void ForwardStream::WritesDone() {
+  if (std::exchange(impl_->writes_done, true)) return;
+  impl_->call->WritesDone();
+}
+
+bool ForwardStream::Read(StreamResponse* response) {
+  if (!impl_->call->Read(&impl_->response)) return false;
+  *response = FromProtoResponse(&impl_->response);
+  return true;
+}
+
+void ForwardStream::Cancel() { impl_->context.TryCancel(); }
+
+absl::Status ForwardStream::Finish() {
+  if (!impl_->finished) {
+    WritesDone();
+    while (impl_->call->Read(&impl_->response)) {
+    }
+    impl_->finished = FromGrpcStatus(impl_->call->Finish());
+  }
+  return *impl_->finished;
+}
+
+class Client::Impl {
+ public:
+  Impl(const std::shared_ptr<grpc::Channel>& channel, absl::Duration timeout)
+      : timeout(timeout),
+        stub(v1::DeltaNetService::NewStub(channel)),
+        health(grpc::health::v1::Health::NewStub(channel)) {}
+
+  // One unary call that computes nothing: `method` of `stub` with `request`.
+  template <typename Stub, typename Request, typename Response>
+  absl::StatusOr<Response> Call(grpc::Status (Stub::*method)(grpc::ClientContext*, const Request&, Response*),
+                                Stub* stub, const Request& request) const {
+    grpc::ClientContext context;
+    SetTimeout(timeout, &context);
+    Response response;
+    RETURN_IF_ERROR(FromGrpcStatus((stub->*method)(&context, request, &response)));
+    return response;
+  }
+
+  const absl::Duration timeout;
+  const std::unique_ptr<v1::DeltaNetService::Stub> stub;
+  const std::unique_ptr<grpc::health::v1::Health::Stub> health;
+};
+
+absl::StatusOr<Client> Client::Connect(const std::string& target, const ClientOptions& options) {
+  if (target.empty()) return absl::InvalidArgumentError("the server's address is empty, want HOST:PORT");
+  if (options.max_message_bytes < 1 || options.max_message_bytes > std::numeric_limits<int>::max()) {
+    return absl::InvalidArgumentError(absl::StrCat("max_message_bytes is ", options.max_message_bytes,
+                                                   ", want 1 to ", std::numeric_limits<int>::max()));
+  }
+  if (options.timeout <= absl::ZeroDuration()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("timeout is ", absl::FormatDuration(options.timeout), ", want more than 0"));
+  }
+  grpc::ChannelArguments arguments;
+  arguments.SetMaxReceiveMessageSize(static_cast<int>(options.max_message_bytes));
+  arguments.SetUserAgentPrefix(absl::StrCat("deltanet-client/", ClientVersion()));
+  // Otherwise gRPC gives all channels of a process to one server the same connection.
+  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+  return Client(std::make_unique<Impl>(
+      grpc::CreateCustomChannel(target, grpc::InsecureChannelCredentials(), arguments), options.timeout));
+}
+
+Client::Client(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Client::Client(Client&& other) noexcept = default;
+Client& Client::operator=(Client&& other) noexcept = default;
+Client::~Client() = default;
+
+absl::StatusOr<ForwardResult> Client::Forward(const TensorView& input, const ForwardOptions& options) const {
+  grpc::ClientContext context;
+  SetTimeout(options.timeout, &context);
+  v1::ForwardResponse response;
+  RETURN_IF_ERROR(FromGrpcStatus(impl_->stub->Forward(&context, ToProtoRequest(input, options), &response)));
+  return FromProtoResponse(&response);
+}
+
+std::unique_ptr<ForwardStream> Client::OpenStream(const StreamOptions& options) const {
+  return std::unique_ptr<ForwardStream>(
+      new ForwardStream(std::make_unique<ForwardStream::Impl>(impl_->stub.get(), options)));
+}
+
+absl::StatusOr<ModelInfo> Client::GetModel(const std::string& model) const {
+  v1::GetModelRequest request;
+  request.set_model(model);
+  ASSIGN_OR_RETURN(const v1::GetModelResponse response,
+                   impl_->Call(&v1::DeltaNetService::Stub::GetModel, impl_->stub.get(), request));
+  return FromProtoModelInfo(response.model());
+}
+
+absl::StatusOr<std::vector<ModelInfo>> Client::ListModels() const {
+  ASSIGN_OR_RETURN(
+      const v1::ListModelsResponse response,
+      impl_->Call(&v1::DeltaNetService::Stub::ListModels, impl_->stub.get(), v1::ListModelsRequest()));
+  std::vector<ModelInfo> models;
+  for (const v1::ModelInfo& proto : response.models()) {
+    ASSIGN_OR_RETURN(models.emplace_back(), FromProtoModelInfo(proto));
+  }
+  return models;
+}
+
+absl::StatusOr<int64_t> Client::EndSession(const std::string& session_id) const {
+  v1::EndSessionRequest request;
+  request.set_session_id(session_id);
+  ASSIGN_OR_RETURN(const v1::EndSessionResponse response,
+                   impl_->Call(&v1::DeltaNetService::Stub::EndSession, impl_->stub.get(), request));
+  return response.committed_position();
+}
+
+absl::StatusOr<std::vector<SessionInfo>> Client::ListSessions(const std::string& model) const {
+  std::vector<SessionInfo> sessions;
+  v1::ListSessionsRequest request;
+  request.set_model(model);
+  do {
+    ASSIGN_OR_RETURN(const v1::ListSessionsResponse page,
+                     impl_->Call(&v1::DeltaNetService::Stub::ListSessions, impl_->stub.get(), request));
+    for (const v1::SessionInfo& proto : page.sessions()) {
+      ASSIGN_OR_RETURN(sessions.emplace_back(), FromProtoSessionInfo(proto));
+    }
+    request.set_page_token(page.next_page_token());
+  } while (!request.page_token().empty());
+  return sessions;
+}
+
+absl::StatusOr<HealthStatus> Client::CheckHealth(const std::string& service) const {
+  using grpc::health::v1::HealthCheckResponse;
+  grpc::health::v1::HealthCheckRequest request;
+  request.set_service(service);
+  ASSIGN_OR_RETURN(const HealthCheckResponse response,
+                   impl_->Call(&grpc::health::v1::Health::Stub::Check, impl_->health.get(), request));
+  switch (response.status()) {
+    case HealthCheckResponse::SERVING:
+      return HealthStatus::kServing;
+    case HealthCheckResponse::NOT_SERVING:
+      return HealthStatus::kNotServing;
+    default:
+      return HealthStatus::kUnknown;
+  }
+}
+
+absl::StatusOr<std::string> Client::ServerVersion() const {
+  ASSIGN_OR_RETURN(
+      const v1::ListModelsResponse response,
+      impl_->Call(&v1::DeltaNetService::Stub::ListModels, impl_->stub.get(), v1::ListModelsRequest()));
+  return response.server_version();
+}
+
+}  // namespace deltanet

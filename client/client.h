@@ -1,0 +1,204 @@
+// The C++ client of the DeltaNet inference service. What sessions, positions and look-ahead mean, and which
+// errors come back when, is said in proto/deltanet/v1/deltanet.proto; ErrorReason and ErrorMetadata of
+// proto/wire.h read an error's details. No gRPC types here, so that users compile quickly.
+//
+//   ASSIGN_OR_RETURN(Client client, Client::Connect("localhost:50051", {}));
+//   std::unique_ptr<ForwardStream> stream = client.OpenStream({});
+//   stream->Write({.input = chunk});
+//   StreamResponse response;
+//   while (stream->Read(&response)) { ... }
+//   RETURN_IF_ERROR(stream->Finish());
+#ifndef DELTANET_CLIENT_CLIENT_H_
+#define DELTANET_CLIENT_CLIENT_H_
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/time/time.h"
+#include "model/base/tensor_view.h"
+
+namespace deltanet {
+
+// The version of this library, as "0.1.0".
+absl::string_view ClientVersion();
+
+// A dense row-major tensor that owns its bytes.
+struct Tensor {
+  DType dtype = DType::kFloat32;
+  Shape shape;
+  std::string data;  // NumElements(shape) * DTypeBytes(dtype) bytes.
+
+  // Valid while this tensor lives and is not changed.
+  TensorView view() const { return {data.data(), shape, dtype, Device{}}; }
+};
+
+struct ClientOptions {
+  // Largest message that is taken from the server; a larger one is RESOURCE_EXHAUSTED.
+  int64_t max_message_bytes = int64_t{1} << 30;
+  // Of the calls that compute nothing: all but Forward and OpenStream, which have their own.
+  absl::Duration timeout = absl::Seconds(10);
+};
+
+// A session that outlives the call.
+struct SessionChoice {
+  std::string id;       // With `create` it may be empty: the server makes one, and the response says it.
+  bool create = false;  // Make it; it must not exist. Otherwise it must.
+  absl::Duration idle_ttl = absl::ZeroDuration();  // With `create`; zero: the server's default.
+};
+
+struct ForwardOptions {
+  std::string request_id;                // Echoed, and named in the server's log; may be empty.
+  std::string model;                     // May be empty if the server has exactly one.
+  std::optional<SessionChoice> session;  // Nothing: stateless.
+  DType output_dtype = DType::kFloat32;
+  bool end_of_sequence = false;              // With a session.
+  std::optional<int64_t> expected_position;  // With a session.
+  absl::Duration timeout = absl::InfiniteDuration();
+};
+
+struct ForwardResult {
+  std::string request_id;
+  Tensor output;  // [T', width] or [B, T, width].
+  int64_t output_position = 0;
+  int64_t committed_position = 0;
+  std::string session_id;
+  absl::Duration queued;
+  absl::Duration computing;
+};
+
+// One message of a stream.
+struct StreamRequest {
+  std::string request_id;
+  std::string model;            // May be empty: the model of the stream's first message, or the only one.
+  uint32_t stream_session = 0;  // A session of the stream's own...
+  std::optional<SessionChoice> session;  // ...unless this names one that outlives it.
+  TensorView input;                      // [T, width] or ids [T]. Read before Write returns.
+  DType output_dtype = DType::kFloat32;
+  bool end_of_sequence = false;
+  std::optional<int64_t> expected_position;
+  absl::Duration timeout = absl::InfiniteDuration();  // Of this message, from its arrival.
+};
+
+struct StreamResponse {
+  std::string request_id;
+  uint32_t stream_session = 0;  // Where session_id is empty.
+  std::string session_id;
+  absl::Status status;  // An error: the message was not applied, and there is no output. The stream goes on.
+  Tensor output;        // [T', width]
+  int64_t output_position = 0;
+  int64_t committed_position = 0;  // Also after an error.
+  absl::Duration queued;
+  absl::Duration computing;
+};
+
+struct StreamOptions {
+  absl::Duration timeout = absl::InfiniteDuration();  // Of the whole stream.
+};
+
+// One StreamForward call. One thread may write while another reads; Cancel may be called from any. The
+// destructor cancels a stream that is not finished. May outlive its Client.
+class ForwardStream {
+ public:
+  ~ForwardStream();
+  ForwardStream(const ForwardStream&) = delete;
+  ForwardStream& operator=(const ForwardStream&) = delete;
+
+  // Sends one message. Blocks while the server does not read. False if the stream has ended: Finish says why.
+  bool Write(const StreamRequest& request);
+  // No more messages come from here. What is still to be answered can be read. Any number of times.
+  void WritesDone();
+
+  // Blocks until a response comes. False at the end of the stream, regular or not, which Finish tells apart;
+  // `response` is then unspecified. A response that is malformed has DATA_LOSS as its status.
+  bool Read(StreamResponse* response);
+
+  // Gives up the stream: blocked calls return, Finish says CANCELLED.
+  void Cancel();
+
+  // Ends the writing, reads and drops what has not been read, and returns how the stream ended. Blocks. No
+  // other call may be under way or follow, but Cancel, and Finish, which says the same again.
+  absl::Status Finish();
+
+ private:
+  friend class Client;
+  class Impl;
+  explicit ForwardStream(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+struct ModelInfo {
+  std::string name;
+  std::string family;
+  std::vector<DType> input_dtypes;
+  int64_t input_width = 0;  // 0 for a model over tokens.
+  int64_t vocab_size = 0;   // 0 for a model over values.
+  int64_t output_width = 0;
+  std::vector<DType> output_dtypes;
+  int64_t parameters = 0;
+  DType compute_dtype = DType::kFloat32;
+  std::string device;
+  int64_t lookahead = 0;
+  int64_t bytes_per_session = 0;
+  int64_t sessions = 0;
+  int64_t sessions_free = 0;
+  int64_t max_response_bytes = 0;
+};
+
+struct SessionInfo {
+  std::string id;
+  std::string model;
+  int64_t committed_position = 0;
+  bool attached = false;
+  absl::Duration idle;
+  absl::Duration idle_ttl;
+};
+
+// As grpc.health.v1 has it.
+enum class HealthStatus { kUnknown, kServing, kNotServing };
+
+// A connection to one server. Thread-safe; every call blocks its caller. Movable; a moved-from client may
+// only be destroyed.
+class Client {
+ public:
+  // `target` as gRPC names servers: "host:port", "unix:/path". Without TLS. Nothing is sent yet: a server
+  // that is not there is UNAVAILABLE in the first call, and one that comes back is found again. Each Client
+  // has its own TCP connection. INVALID_ARGUMENT for an empty target or options out of range.
+  static absl::StatusOr<Client> Connect(const std::string& target, const ClientOptions& options);
+
+  Client(Client&& other) noexcept;
+  Client& operator=(Client&& other) noexcept;
+  ~Client();
+
+  // `input`: [T, width], ids [T], or stateless also [B, T, width], ids [B, T].
+  absl::StatusOr<ForwardResult> Forward(const TensorView& input, const ForwardOptions& options) const;
+
+  // Never fails by itself: the first Read or Write of a stream to a server that is not there returns false.
+  std::unique_ptr<ForwardStream> OpenStream(const StreamOptions& options) const;
+
+  // `model` may be empty if the server has exactly one.
+  absl::StatusOr<ModelInfo> GetModel(const std::string& model) const;
+  absl::StatusOr<std::vector<ModelInfo>> ListModels() const;
+  // Returns where the session stood.
+  absl::StatusOr<int64_t> EndSession(const std::string& session_id) const;
+  // All named sessions of `model` (empty: of all models), in the order of their ids. Several calls where
+  // there are many.
+  absl::StatusOr<std::vector<SessionInfo>> ListSessions(const std::string& model) const;
+  // Of the server (empty), or of a model's name. NOT_FOUND for one that the server does not know.
+  absl::StatusOr<HealthStatus> CheckHealth(const std::string& service) const;
+  absl::StatusOr<std::string> ServerVersion() const;
+
+ private:
+  class Impl;
+  explicit Client(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace deltanet
+
+#endif  // DELTANET_CLIENT_CLIENT_H_
