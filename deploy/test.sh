@@ -1,0 +1,31 @@
+#!/bin/bash
+# Builds everything and runs every test; takes a fresh Debian 12 machine (as root) or one where that was done before.
+#
+#   deploy/test.sh           the release build and its tests
+#   deploy/test.sh --full    before that: AddressSanitizer with UndefinedBehaviorSanitizer over the tests,
+#                            ThreadSanitizer over those about threads, and Clang's thread-safety analysis
+set -euo pipefail
+source "$(dirname "$0")/common.sh"
+case ${1:-} in
+  "") full= ;;
+  --full) full=1 ;;
+  *)
+    echo "usage: deploy/test.sh [--full]" >&2
+    exit 2 ;;
+esac
+
+build() {
+  quietly "$1-configure" cmake --preset "$1" -DBUILD_TESTING=ON
+  quietly "$1-build" cmake --build --preset "$1"
+}
+
+quietly install deploy/install.sh cpu test ${full:+clang}
+if [ "$full" ]; then
+  build clang
+  build tsan
+  quietly tsan-test ctest --preset tsan -j"$(nproc)"
+  build asan
+  quietly asan-test ctest --preset asan -j"$(nproc)" -LE '^bench$'
+fi
+build release
+ctest --preset release -j"$(nproc)"
