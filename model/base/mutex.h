@@ -1,5 +1,5 @@
-// std::mutex and its condition variable with Clang's thread-safety annotations. Debian's absl::Mutex is not built with
-// TSan's instrumentation, so TSan reports races in correctly locked code; these it understands.
+// std::mutex and its condition variable with Clang's thread-safety annotations. Debian's absl::Mutex is not
+// built with TSan's instrumentation, so TSan reports races in correctly locked code; these it understands.
 #ifndef DELTANET_MODEL_BASE_MUTEX_H_
 #define DELTANET_MODEL_BASE_MUTEX_H_
 
@@ -37,8 +37,8 @@ class ABSL_SCOPED_LOCKABLE MutexLock {
   Mutex* const mutex_;
 };
 
-// Every wait may return early for no reason: call it in a loop that tests the condition. Waits with a time limit go
-// through server/clock.h, so that tests can hold the time.
+// Every wait may return early for no reason: call it in a loop that tests the condition. Waits with a time
+// limit go through server/clock.h, so that tests can hold the time.
 class CondVar {
  public:
   CondVar() = default;
@@ -56,9 +56,9 @@ class CondVar {
     if (timeout >= absl::Hours(1)) timeout = absl::Hours(1);  // A spurious wake-up an hour is harmless.
     std::unique_lock<std::mutex> lock(mutex->mutex_, std::adopt_lock);
     // system_clock: pthread_cond_timedwait is what TSan intercepts; the steady variant it does not know.
-    const bool notified = condition_.wait_until(lock, std::chrono::system_clock::now() +
-                                                          absl::ToChronoNanoseconds(timeout)) ==
-                          std::cv_status::no_timeout;
+    const bool notified =
+        condition_.wait_until(lock, std::chrono::system_clock::now() + absl::ToChronoNanoseconds(timeout)) ==
+        std::cv_status::no_timeout;
     lock.release();
     return notified;
   }

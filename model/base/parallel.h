@@ -8,10 +8,11 @@
 
 namespace deltanet {
 
-// Calls body(begin, end) over disjoint ranges that cover [0, n), on the caller's thread and perhaps others, and returns
-// when all are done. Ranges are at least `grain` long (except the last), so a small n stays on the caller's thread.
-using ParallelFor =
-    absl::FunctionRef<void(int64_t n, int64_t grain, absl::FunctionRef<void(int64_t begin, int64_t end)> body)>;
+// Calls body(begin, end) over disjoint ranges that cover [0, n), on the caller's thread and perhaps others,
+// and returns when all are done. Ranges are at least `grain` long (except the last), so a small n stays on
+// the caller's thread.
+using ParallelFor = absl::FunctionRef<void(int64_t n, int64_t grain,
+                                           absl::FunctionRef<void(int64_t begin, int64_t end)> body)>;
 
 }  // namespace deltanet
 

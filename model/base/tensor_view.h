@@ -1,5 +1,5 @@
-// Element types, devices, and views of memory that somebody else owns: the vocabulary in which the rooms speak of
-// tensors, so that LibTorch's headers stay out of every header.
+// Element types, devices, and views of memory that somebody else owns: the vocabulary in which the rooms
+// speak of tensors, so that LibTorch's headers stay out of every header.
 #ifndef DELTANET_MODEL_BASE_TENSOR_VIEW_H_
 #define DELTANET_MODEL_BASE_TENSOR_VIEW_H_
 
@@ -57,9 +57,13 @@ struct MutableTensorView {
   operator TensorView() const { return {data, shape, dtype, device}; }
 };
 
-// Copies `count` elements between two CPU buffers, converting between float32, float16, bfloat16 and float64 (round to
-// nearest even). int64 only to int64. The buffers may be unaligned and must not overlap. Thread-safe.
+// Copies `count` elements between two CPU buffers, converting between float32, float16, bfloat16 and float64
+// (round to nearest even; what is too large becomes infinite, NaN stays NaN). int64 only to int64. The
+// buffers may be unaligned and must not overlap. Thread-safe.
 void ConvertElements(const void* from, DType from_dtype, void* to, DType to_dtype, int64_t count);
+
+// False if one of `count` elements on the CPU is infinite or NaN. The buffer may be unaligned. Thread-safe.
+bool AllFinite(const void* data, DType dtype, int64_t count);
 
 }  // namespace deltanet
 
