@@ -1,9 +1,10 @@
 // Reading and writing of safetensors files: an 8-byte little-endian header length, a JSON header
 // {"name": {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {...}}, then the bytes.
 //
-// The reader trusts nothing: the header is bounded (kMaxHeaderBytes) and must lie within the file; every tensor's range
-// must lie within the file, match its shape and dtype without overflow, and overlap no other; all are checked before
-// anything is allocated from a number of the file. Data is read with pread, so that a file that shrinks under us is an
+// The reader trusts nothing: the header is bounded (kMaxHeaderBytes) and must lie within the file; every
+// tensor's range must lie within the file, match its shape and dtype without overflow, and overlap no other;
+// together they cover the data without a gap; no key is repeated or unknown. All is checked before anything
+// is allocated from a number of the file. Data is read with pread, so that a file that shrinks under us is an
 // error and not a SIGBUS.
 #ifndef DELTANET_MODEL_BASE_SAFETENSORS_H_
 #define DELTANET_MODEL_BASE_SAFETENSORS_H_
@@ -33,10 +34,11 @@ struct SafetensorsEntry {
 class SafetensorsReader {
  public:
   static constexpr int64_t kMaxHeaderBytes = int64_t{100} << 20;
+  static constexpr int64_t kMaxRank = 32;  // Sizes of one shape.
 
-  // NOT_FOUND if there is no such file, PERMISSION_DENIED if it cannot be opened, INVALID_ARGUMENT if it is truncated or
-  // malformed, or holds a dtype other than F32, F16, BF16, F64 and I64; the message names the file, the tensor, the
-  // value found and the value wanted.
+  // NOT_FOUND if there is no such file, PERMISSION_DENIED if it cannot be opened, DATA_LOSS if it cannot be
+  // read, INVALID_ARGUMENT if it is no regular file, truncated or malformed, or holds a dtype other than F32,
+  // F16, BF16, F64 and I64; the message names the file, the tensor, the value found and the value wanted.
   static absl::StatusOr<SafetensorsReader> Open(const std::string& path);
 
   SafetensorsReader(SafetensorsReader&& other) noexcept;
@@ -49,8 +51,8 @@ class SafetensorsReader {
   // NOT_FOUND names the tensor and the file. The pointer lives as long as the reader.
   absl::StatusOr<const SafetensorsEntry*> Find(absl::string_view name) const;
 
-  // Reads all of `entry`'s bytes to `to`, which has entry.bytes bytes. DATA_LOSS if the file has shrunk or cannot be
-  // read; `to` is then unspecified.
+  // Reads all of `entry`'s bytes to `to`, which has entry.bytes bytes. DATA_LOSS if the file has shrunk or
+  // cannot be read; `to` is then unspecified.
   absl::Status Read(const SafetensorsEntry& entry, void* to) const;
 
  private:
@@ -61,14 +63,16 @@ class SafetensorsReader {
   std::map<std::string, SafetensorsEntry> entries_;
 };
 
-// Parses and checks the JSON header of a file of `file_bytes` bytes whose data begins at `data_start`. Split from Open so
-// that tests can feed it anything. Errors as Open, without the file's name.
+// Parses and checks the JSON header of a file of `file_bytes` bytes whose data begins at `data_start`. Split
+// from Open so that tests can feed it anything. Errors as Open, without the file's name.
 absl::StatusOr<std::map<std::string, SafetensorsEntry>> ParseSafetensorsHeader(absl::string_view header_json,
                                                                                int64_t data_start,
                                                                                int64_t file_bytes);
 
-// Writes CPU tensors to `path`, replacing it at once (a temporary file, then a rename). INVALID_ARGUMENT for a repeated
-// name; PERMISSION_DENIED, RESOURCE_EXHAUSTED (disk full) or INTERNAL from the file system: then `path` is as it was.
+// Writes CPU tensors to `path`, replacing it at once (a temporary file beside it, then a rename). The data
+// are ordered by element size, so that each tensor is aligned. INVALID_ARGUMENT for a name that is repeated,
+// reserved or not UTF-8; NOT_FOUND (no such directory), PERMISSION_DENIED, RESOURCE_EXHAUSTED (disk full) or
+// INTERNAL from the file system. After an error `path` is as it was.
 absl::Status WriteSafetensors(const std::string& path,
                               const std::vector<std::pair<std::string, TensorView>>& tensors);
 
