@@ -1,16 +1,19 @@
 // Gathers the work of many clients into steps of a ragged batch and runs them on one device's models.
 //
-// A Lane is an ordered stream of work over one state: a session, or one stateless sequence. At most one piece of a lane is
-// in a step, in the order of submission. A long work is cut into pieces at multiples of 64 tokens from its own start, and
-// lanes take turns, so a lane with one token never waits behind a whole prompt.
+// A Lane is an ordered stream of work over one state: a session, or one stateless sequence. At most one piece
+// of a lane is in a step, in the order of submission. A long work is cut into pieces at multiples of 64
+// tokens from its own start, and lanes take turns, so a lane with one token never waits behind a whole
+// prompt.
 //
-// Commit. A lane has a base slot (its committed state; none while it is fresh), a work has a working slot: its first piece
-// reads base and writes working, later pieces go on in working, and the lane moves to the working slot, and its committed
-// position onward, once, when the whole work has succeeded. An error, a cancellation or a deadline leaves the lane exactly
-// where it was; later work of it is then refused (SESSION_OUT_OF_STEP) until one says the right expected_position.
+// Commit. A lane has a base slot (its committed state; none while it is fresh), a work has a working slot:
+// its first piece reads base and writes working, later pieces go on in working, and the lane moves to the
+// working slot, and its committed position onward, once, when the whole work has succeeded. An error, a
+// cancellation or a deadline leaves the lane exactly where it was; later work of it is then refused
+// (SESSION_OUT_OF_STEP) until one says the right expected_position.
 //
-// The thread waits on an idle device for nothing, but for this: lanes that the last step has answered are given up to
-// `gather_fraction` of that step's time to come back, so that closed-loop clients do not fall into small batches.
+// The thread waits on an idle device for nothing, but for this: lanes that the last step has answered are
+// given up to `gather_fraction` of that step's time to come back, so that closed-loop clients do not fall
+// into small batches.
 #ifndef DELTANET_SERVER_BATCHER_H_
 #define DELTANET_SERVER_BATCHER_H_
 
@@ -30,8 +33,8 @@
 
 namespace deltanet {
 
-// Set once, from any thread, when nobody wants the answers any more; shared by a call and all of its work, because either
-// can end first.
+// Set once, from any thread, when nobody wants the answers any more; shared by a call and all of its work,
+// because either can end first.
 struct Cancellation {
   std::atomic<bool> cancelled{false};
 };
@@ -39,7 +42,7 @@ struct Cancellation {
 struct WorkResult {
   absl::Status status;  // With a reason of proto/wire.h; on an error nothing was applied.
   int64_t output_position = 0;
-  int64_t output_tokens = 0;  // Written to Work::output.
+  int64_t output_tokens = 0;       // Written to Work::output.
   int64_t committed_position = 0;  // Of the lane, now.
   bool ended = false;              // The lane has committed its end_of_sequence.
   absl::Duration queued;     // From Submit to the start of the first step it was in (or to now, if in none).
@@ -52,15 +55,16 @@ struct Work {
   DType input_dtype = DType::kFloat32;
   int64_t tokens = 0;  // At least 1, or 0 with end_of_sequence.
   bool end_of_sequence = false;
-  void* output = nullptr;  // Room for tokens + lookahead (0 if not end_of_sequence) rows of output; alive likewise.
+  void* output = nullptr;  // Room for tokens (+ lookahead, with end_of_sequence) rows; alive likewise.
   DType output_dtype = DType::kFloat32;
   std::optional<int64_t> expected_position;
   absl::Time deadline = absl::InfiniteFuture();
-  // Not OK: the message was found bad before it came here; it takes its place in the order, fails with this, and puts the
-  // lane out of step as any failure does.
+  // Not OK: the message was found bad before it came here; it takes its place in the order, fails with this,
+  // and puts the lane out of step as any failure does.
   absl::Status precondition;
   std::shared_ptr<const Cancellation> cancellation;  // May be null.
-  // Called exactly once, on the batch thread (or on the thread that destroys the batcher), under no lock. Must not block.
+  // Called exactly once, on the batch thread (or on the thread that destroys the batcher), under no lock.
+  // Must not block, but may Submit and Close. The work is destroyed right after.
   absl::AnyInvocable<void(const WorkResult&)> done;
 };
 
@@ -73,36 +77,43 @@ class BatchObserver {
     int64_t rows = 0;
     int64_t tokens = 0;
     absl::Duration prepare;  // Forming the batch and filling staging.
-    absl::Duration compute;  // Launch to the end of Wait.
+    // Launch to the end of Wait, less what an earlier step in flight still took of that.
+    absl::Duration compute;
   };
   virtual void OnStep(const Step& step) = 0;
   virtual void OnWorkDone(int model, const WorkResult& result) = 0;
 };
 
 struct BatcherOptions {
-  int64_t piece_tokens = 256;  // What a lane gets of a step while others wait; a multiple of 64.
-  int64_t max_queued_works = 4096;
+  int64_t piece_tokens = 256;       // What a lane gets of a step while others wait; a multiple of 64.
+  int64_t max_queued_works = 4096;  // See Batcher::queued_works.
   int64_t max_queued_tokens = int64_t{1} << 20;
   double gather_fraction = 0.1;
 };
 
-class Lane;  // Opaque. shared_ptr: a session, a stream and the batch thread hold it, and any of them can be last.
+// Opaque. shared_ptr: a session, a stream and the batch thread hold it, and any of them can be last.
+class Lane;
 
-// Thread-safe. Owned by the server; the models, clock and observer outlive it.
+// Thread-safe. Owned by the server; the models, clock and observer outlive it. Lanes may outlive it, but are
+// then only to be dropped.
 class Batcher {
  public:
+  // `observer` may be null.
   Batcher(const BatcherOptions& options, Clock* clock, BatchObserver* observer);
   // Stops the thread after the step in flight and fails all work that is left with UNAVAILABLE (DRAINING).
   ~Batcher();
 
-  // Before Start. Returns the model's number here: 0, 1, ... `model` is borrowed and from Start on belongs to the batch
-  // thread. Of its slots, `running_slots` are for work in flight; sessions may hold the rest (see max_sessions).
+  // Before Start. Returns the model's number here: 0, 1, ... `model` is borrowed and from Start on belongs to
+  // the batch thread. Of its slots, `running_slots` are for work in flight; sessions may hold the rest (see
+  // max_sessions).
   int AddModel(Model* model, int64_t running_slots);
   // Starts the batch thread. Tests leave it out and call RunOnce.
   void Start();
 
   const ModelDescription& description(int model) const;
   // Lanes of this model that may keep a committed state at the same time; the session store sees to it.
+  // (Where it did not, and lanes at rest hold every slot, work that needs one fails with RESOURCE_EXHAUSTED
+  // (SESSIONS_FULL).)
   int64_t max_sessions(int model) const;
   int64_t free_slots(int model) const;
 
@@ -110,30 +121,31 @@ class Batcher {
   std::shared_ptr<Lane> OpenLane(int model);
 
   enum class WhenFull { kRefuse, kQueue };
-  // Hands `*work` over if and only if the result is OK; otherwise `*work` is left as it was. UNAVAILABLE (DRAINING) while
-  // draining; with kRefuse also UNAVAILABLE (QUEUE_FULL) where options.max_queued_* are reached. NOT_FOUND (SESSION_ENDED)
-  // on a closed or ended lane. Never blocks and never calls `done` itself.
+  // Hands `*work` over if and only if the result is OK; otherwise `*work` is left as it was. UNAVAILABLE
+  // (DRAINING) while draining; with kRefuse also UNAVAILABLE (QUEUE_FULL) where options.max_queued_* are
+  // reached. NOT_FOUND (SESSION_ENDED) on a closed or ended lane. Never blocks and never calls `done` itself.
   absl::Status Submit(const std::shared_ptr<Lane>& lane, std::unique_ptr<Work>* work, WhenFull when_full);
 
-  // Ends a lane: queued work fails with CANCELLED (SESSION_ENDED), running work is given up at the next piece, the slots
-  // are free within a step. Further Submits are refused. Any number of times.
+  // Ends a lane: queued work fails with CANCELLED (SESSION_ENDED), running work is given up at the next
+  // piece, the slots are free within a step. Further Submits are refused. Any number of times.
   void Close(const std::shared_ptr<Lane>& lane);
   // Makes the batch thread look at cancellations now.
   void Wake();
 
   int64_t committed_position(const std::shared_ptr<Lane>& lane) const;
-  // Work of the lane that is not answered yet.
+  // Work of the lane that is not answered yet: its `done` has not returned.
   int64_t pending(const std::shared_ptr<Lane>& lane) const;
+  // Works that have not been in a step, and tokens (flush tokens included) that have not been put into one.
   int64_t queued_works() const;
   int64_t queued_tokens() const;
 
   // Refuses new work from now on.
   void StartDraining();
-  // Blocks until no work is left, or until `deadline`: false then.
+  // Blocks until no work is left unanswered, or until `deadline`: false then.
   bool WaitUntilIdle(absl::Time deadline);
 
-  // One turn of the batch thread: forms a step of what is ready, runs it, completes what is done. False if there was
-  // nothing to do. Without Start only; blocks for the step alone.
+  // One turn of the batch thread: forms a step of what is ready, runs it, completes what is done. False if
+  // there was nothing to do. Without Start only; blocks for the step alone.
   bool RunOnce();
 
  private:

@@ -15,8 +15,8 @@ class Clock {
   // Never goes backwards.
   virtual absl::Time Now() = 0;
 
-  // Blocks until `condition` is notified or Now() >= `deadline` (which may be infinite); may also return early for no
-  // reason. `mutex` is held on entry and on return.
+  // Blocks until `condition` is notified or Now() >= `deadline` (which may be infinite); may also return
+  // early for no reason. `mutex` is held on entry and on return.
   virtual void WaitUntil(CondVar* condition, Mutex* mutex, absl::Time deadline)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex) = 0;
 

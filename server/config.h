@@ -1,0 +1,56 @@
+// The server's settings: one table of flags, each of which an environment variable can give as well (--max-sessions is
+// DELTANET_MAX_SESSIONS; the command line wins).
+#ifndef DELTANET_SERVER_CONFIG_H_
+#define DELTANET_SERVER_CONFIG_H_
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "absl/types/span.h"
+#include "model/base/tensor_view.h"
+
+namespace deltanet {
+
+struct HostPort {
+  std::string host;  // An IPv6 address without its brackets.
+  int port = 0;
+};
+
+struct ServerConfig {
+  bool help = false;     // Print ServerHelp() and end: nothing else has been checked.
+  bool version = false;  // Likewise.
+
+  std::vector<std::pair<std::string, std::string>> models;  // Name, directory; names differ.
+  DeviceType device = DeviceType::kCpu;
+  HostPort listen{"0.0.0.0", 50051};
+  HostPort metrics_listen{"0.0.0.0", 9464};
+  int64_t max_sessions = 0;            // Of each model; 0: what the memory allows.
+  int64_t state_memory_bytes = 0;      // Of all models together; 0: state_memory_percent counts.
+  double state_memory_percent = 25.0;  // Of the memory limit.
+  int64_t max_step_tokens = 2048;
+  int64_t max_step_rows = 256;
+  int64_t max_queued_requests = 4096;
+  int64_t max_queued_tokens = int64_t{1} << 20;
+  absl::Duration session_ttl = absl::Minutes(10);
+  absl::Duration max_session_ttl = absl::Hours(24);
+  int64_t max_message_bytes = int64_t{64} << 20;
+  absl::Duration drain_timeout = absl::Seconds(30);
+  int threads = 0;  // 0: as many as the process may use.
+};
+
+// Reads the arguments after the program's name, then, for flags that are not among them, the environment by
+// `getenv` (null: not set). INVALID_ARGUMENT names the flag (or variable), the value found and the values wanted.
+absl::StatusOr<ServerConfig> ParseServerConfig(absl::Span<const std::string> arguments,
+                                               const std::function<const char*(const char*)>& getenv);
+
+// What --help prints: every flag with its unit, default and meaning.
+std::string ServerHelp();
+
+}  // namespace deltanet
+
+#endif  // DELTANET_SERVER_CONFIG_H_

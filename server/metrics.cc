@@ -1,0 +1,183 @@
+#include "server/metrics.h"
+
+#include <utility>
+
+#include "prometheus/gauge.h"
+#include "prometheus/text_serializer.h"
+#include "proto/wire.h"
+
+namespace deltanet {
+namespace {
+
+using prometheus::Histogram;
+using Buckets = Histogram::BucketBoundaries;
+
+constexpr std::array<const char*, kNumMethods> kMethodNames = {"Forward",    "StreamForward", "GetModel",
+                                                               "ListModels", "EndSession",    "ListSessions"};
+// In the order of their numbers.
+constexpr std::array<const char*, kNumCodes> kCodeNames = {
+    "OK",           "CANCELLED",     "UNKNOWN",           "INVALID_ARGUMENT",   "DEADLINE_EXCEEDED",
+    "NOT_FOUND",    "ALREADY_EXISTS", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION",
+    "ABORTED",      "OUT_OF_RANGE",  "UNIMPLEMENTED",     "INTERNAL",           "UNAVAILABLE",
+    "DATA_LOSS",    "UNAUTHENTICATED"};
+
+constexpr const char* kReasons[] = {
+    reason::kInvalidRequest,   reason::kModelNotFound, reason::kSessionNotFound,  reason::kSessionExpired,
+    reason::kSessionEnded,     reason::kSessionExists, reason::kSessionAttached,  reason::kSessionOutOfStep,
+    reason::kPositionMismatch, reason::kSessionModel,  reason::kSessionsFull,     reason::kResponseTooLarge,
+    reason::kQueueFull,        reason::kDraining,      reason::kDeadline,         reason::kCancelled,
+    reason::kNonFinite,        reason::kInternal,      "OTHER"};
+
+const Buckets& TimeBuckets() {
+  static const Buckets& buckets =
+      *new Buckets{0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10};
+  return buckets;
+}
+
+const Buckets& CountBuckets() {
+  static const Buckets& buckets = *new Buckets{1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192};
+  return buckets;
+}
+
+size_t CodeIndex(const absl::Status& status) {
+  const size_t code = static_cast<size_t>(status.code());
+  return code < kNumCodes ? code : static_cast<size_t>(absl::StatusCode::kUnknown);
+}
+
+prometheus::Family<prometheus::Counter>& CounterFamily(prometheus::Registry* registry, const std::string& name,
+                                                       const std::string& help) {
+  return prometheus::BuildCounter().Name("deltanet_" + name).Help(help).Register(*registry);
+}
+
+prometheus::Family<Histogram>& HistogramFamily(prometheus::Registry* registry, const std::string& name,
+                                               const std::string& help) {
+  return prometheus::BuildHistogram().Name("deltanet_" + name).Help(help).Register(*registry);
+}
+
+prometheus::MetricFamily GaugeFamily(const std::string& name, const std::string& help) {
+  return {"deltanet_" + name, help, prometheus::MetricType::Gauge, {}};
+}
+
+void AddGauge(double value, const std::string& model, prometheus::MetricFamily* family) {
+  prometheus::ClientMetric metric;
+  if (!model.empty()) metric.label.push_back({"model", model});
+  metric.gauge.value = value;
+  family->metric.push_back(std::move(metric));
+}
+
+}  // namespace
+
+Metrics::Metrics(const std::vector<std::string>& model_names, const std::string& version)
+    : model_names_(model_names) {
+  auto& requests = CounterFamily(&registry_, "requests_total", "RPCs that ended; a stream is one.");
+  auto& duration = HistogramFamily(&registry_, "request_duration_seconds",
+                                   "From an RPC's arrival to its answer; in StreamForward, of each message.");
+  for (int method = 0; method < kNumMethods; ++method) {
+    for (int code = 0; code < kNumCodes; ++code) {
+      requests_[method][code] = &requests.Add({{"method", kMethodNames[method]}, {"code", kCodeNames[code]}});
+    }
+    request_duration_[method] = &duration.Add({{"method", kMethodNames[method]}}, TimeBuckets());
+  }
+  auto& messages =
+      CounterFamily(&registry_, "stream_messages_total", "Messages of StreamForward that were answered.");
+  for (int code = 0; code < kNumCodes; ++code) {
+    stream_messages_[code] = &messages.Add({{"code", kCodeNames[code]}});
+  }
+  auto& errors =
+      CounterFamily(&registry_, "errors_total", "Answers that were an error, of RPCs and messages of streams.");
+  for (const char* reason : kReasons) errors_.emplace_back(reason, &errors.Add({{"reason", reason}}));
+
+  auto& work_queued = HistogramFamily(&registry_, "work_queued_seconds",
+                                      "Wait of a sequence's span of tokens for the first step that it is in.");
+  auto& work_compute = HistogramFamily(&registry_, "work_compute_seconds",
+                                       "Time of the steps that a sequence's span of tokens was in.");
+  auto& step_prepare =
+      HistogramFamily(&registry_, "step_prepare_seconds", "Time to form and stage a step of the batch.");
+  auto& step_compute = HistogramFamily(&registry_, "step_compute_seconds", "Time to compute a step of the batch.");
+  auto& step_tokens = HistogramFamily(&registry_, "step_tokens", "Tokens of a step of the batch.");
+  auto& step_rows = HistogramFamily(&registry_, "step_rows", "Sequences of a step of the batch.");
+  auto& tokens = CounterFamily(&registry_, "tokens_total", "Tokens computed.");
+  for (const std::string& name : model_names) {
+    const prometheus::Labels labels = {{"model", name}};
+    OfModel model;
+    model.work_queued = &work_queued.Add(labels, TimeBuckets());
+    model.work_compute = &work_compute.Add(labels, TimeBuckets());
+    model.step_prepare = &step_prepare.Add(labels, TimeBuckets());
+    model.step_compute = &step_compute.Add(labels, TimeBuckets());
+    model.step_tokens = &step_tokens.Add(labels, CountBuckets());
+    model.step_rows = &step_rows.Add(labels, CountBuckets());
+    model.tokens = &tokens.Add(labels);
+    models_.push_back(model);
+  }
+  prometheus::BuildGauge()
+      .Name("deltanet_build_info")
+      .Help("1, labelled with the server's version.")
+      .Register(registry_)
+      .Add({{"version", version}})
+      .Set(1);
+}
+
+void Metrics::CountError(const absl::Status& status) {
+  if (status.ok()) return;
+  const std::string reason = ErrorReason(status);
+  for (const auto& [known, counter] : errors_) {
+    if (reason == known || &counter == &errors_.back().second) {
+      counter->Increment();
+      return;
+    }
+  }
+}
+
+void Metrics::OnRequestDone(Method method, const absl::Status& status) {
+  requests_[static_cast<size_t>(method)][CodeIndex(status)]->Increment();
+  CountError(status);
+}
+
+void Metrics::OnLatency(Method method, absl::Duration latency) {
+  request_duration_[static_cast<size_t>(method)]->Observe(absl::ToDoubleSeconds(latency));
+}
+
+void Metrics::OnStreamMessage(const absl::Status& status) {
+  stream_messages_[CodeIndex(status)]->Increment();
+  CountError(status);
+}
+
+void Metrics::OnStep(const Step& step) {
+  const OfModel& model = models_[step.model];
+  model.step_prepare->Observe(absl::ToDoubleSeconds(step.prepare));
+  model.step_compute->Observe(absl::ToDoubleSeconds(step.compute));
+  model.step_tokens->Observe(static_cast<double>(step.tokens));
+  model.step_rows->Observe(static_cast<double>(step.rows));
+  model.tokens->Increment(static_cast<double>(step.tokens));
+}
+
+void Metrics::OnWorkDone(int model, const WorkResult& result) {
+  models_[model].work_queued->Observe(absl::ToDoubleSeconds(result.queued));
+  models_[model].work_compute->Observe(absl::ToDoubleSeconds(result.computing));
+}
+
+std::string Metrics::Text(const MetricsSnapshot& snapshot) const {
+  std::vector<prometheus::MetricFamily> families = registry_.Collect();
+  prometheus::MetricFamily sessions = GaugeFamily("sessions", "Sessions in use.");
+  prometheus::MetricFamily sessions_free = GaugeFamily("sessions_free", "Sessions that could be begun now.");
+  prometheus::MetricFamily slots_free = GaugeFamily("slots_free", "State slots that nothing holds.");
+  prometheus::MetricFamily session_bytes = GaugeFamily("session_bytes", "Bytes of a session's state.");
+  for (size_t m = 0; m < snapshot.models.size(); ++m) {
+    const MetricsSnapshot::OfModel& model = snapshot.models[m];
+    AddGauge(static_cast<double>(model.sessions), model_names_[m], &sessions);
+    AddGauge(static_cast<double>(model.sessions_free), model_names_[m], &sessions_free);
+    AddGauge(static_cast<double>(model.slots_free), model_names_[m], &slots_free);
+    AddGauge(static_cast<double>(model.session_bytes), model_names_[m], &session_bytes);
+  }
+  prometheus::MetricFamily queued_works = GaugeFamily("queued_works", "Spans of tokens that wait or run.");
+  AddGauge(static_cast<double>(snapshot.queued_works), "", &queued_works);
+  prometheus::MetricFamily queued_tokens = GaugeFamily("queued_tokens", "Tokens that wait or run.");
+  AddGauge(static_cast<double>(snapshot.queued_tokens), "", &queued_tokens);
+  for (prometheus::MetricFamily* family :
+       {&sessions, &sessions_free, &slots_free, &session_bytes, &queued_works, &queued_tokens}) {
+    families.push_back(std::move(*family));
+  }
+  return prometheus::TextSerializer().Serialize(families);
+}
+
+}  // namespace deltanet

@@ -1,0 +1,97 @@
+// Every metric that the server exports, and the text of /metrics.
+//
+// Names start with deltanet_. Labels: `model` (the names given at start), `method` (the RPCs), `code` (gRPC's names),
+// `reason` (those of proto/wire.h); never anything that a client chose.
+//
+//   requests_total{method,code}            RPCs that ended; a stream is one
+//   stream_messages_total{code}            messages of StreamForward that were answered
+//   errors_total{reason}                   answers that were an error, of RPCs and messages
+//   request_duration_seconds{method}       from an RPC's arrival to its answer; in StreamForward, of each message
+//   work_queued_seconds{model}             of each sequence's span: waiting for its first step
+//   work_compute_seconds{model}            of each sequence's span: the steps that it was in
+//   step_prepare_seconds{model}            of each step of the batch: forming and staging it
+//   step_compute_seconds{model}            of each step of the batch: computing it
+//   step_tokens{model}, step_rows{model}   of each step of the batch
+//   tokens_total{model}                    tokens computed
+//   sessions{model}, sessions_free{model}, slots_free{model}, session_bytes{model}    now
+//   queued_works, queued_tokens            now
+//   build_info{version}                    1
+#ifndef DELTANET_SERVER_METRICS_H_
+#define DELTANET_SERVER_METRICS_H_
+
+#include <array>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+#include "prometheus/counter.h"
+#include "prometheus/histogram.h"
+#include "prometheus/registry.h"
+#include "server/batcher.h"
+
+namespace deltanet {
+
+enum class Method { kForward, kStreamForward, kGetModel, kListModels, kEndSession, kListSessions };
+inline constexpr int kNumMethods = 6;
+inline constexpr int kNumCodes = 17;
+
+// What can be asked for at any time; read when /metrics is.
+struct MetricsSnapshot {
+  struct OfModel {
+    int64_t sessions = 0;
+    int64_t sessions_free = 0;
+    int64_t slots_free = 0;
+    int64_t session_bytes = 0;
+  };
+  std::vector<OfModel> models;  // In the order of their numbers.
+  int64_t queued_works = 0;
+  int64_t queued_tokens = 0;
+};
+
+// Thread-safe. Owned by the server; outlives the batcher, which it observes, and the service.
+class Metrics : public BatchObserver {
+ public:
+  // `model_names` in the order of the batcher's numbers.
+  Metrics(const std::vector<std::string>& model_names, const std::string& version);
+
+  void OnRequestDone(Method method, const absl::Status& status);
+  // How long an RPC took, or a message of a stream.
+  void OnLatency(Method method, absl::Duration latency);
+  void OnStreamMessage(const absl::Status& status);
+
+  void OnStep(const Step& step) override;
+  void OnWorkDone(int model, const WorkResult& result) override;
+
+  // The text format of Prometheus. `snapshot` is what is true now.
+  std::string Text(const MetricsSnapshot& snapshot) const;
+
+ private:
+  struct OfModel {
+    prometheus::Histogram* work_queued = nullptr;
+    prometheus::Histogram* work_compute = nullptr;
+    prometheus::Histogram* step_prepare = nullptr;
+    prometheus::Histogram* step_compute = nullptr;
+    prometheus::Histogram* step_tokens = nullptr;
+    prometheus::Histogram* step_rows = nullptr;
+    prometheus::Counter* tokens = nullptr;
+  };
+
+  void CountError(const absl::Status& status);
+
+  // Constant after construction; the series are the registry's.
+  const std::vector<std::string> model_names_;
+  prometheus::Registry registry_;
+  std::array<std::array<prometheus::Counter*, kNumCodes>, kNumMethods> requests_;
+  std::array<prometheus::Histogram*, kNumMethods> request_duration_;
+  std::array<prometheus::Counter*, kNumCodes> stream_messages_;
+  std::vector<std::pair<std::string, prometheus::Counter*>> errors_;  // By reason; the last counts all others.
+  std::vector<OfModel> models_;
+};
+
+}  // namespace deltanet
+
+#endif  // DELTANET_SERVER_METRICS_H_

@@ -1,0 +1,81 @@
+// What the service and its reactors share.
+#ifndef DELTANET_SERVER_SERVICE_CONTEXT_H_
+#define DELTANET_SERVER_SERVICE_CONTEXT_H_
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <grpcpp/server_context.h>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/time/time.h"
+#include "model/base/mutex.h"
+#include "server/batcher.h"
+#include "server/clock.h"
+#include "server/metrics.h"
+#include "server/request_validation.h"
+#include "server/session_store.h"
+
+namespace deltanet {
+
+// A call that has no end of its own: told when the server drains.
+class Drainable {
+ public:
+  virtual ~Drainable() = default;
+  // Finish what you have taken, then end. Called at most once, under no lock. Must not block.
+  virtual void Drain() = 0;
+};
+
+// The calls in progress, so that a drain can wait for them. Thread-safe; outlives the calls.
+class ActiveCalls {
+ public:
+  // Counts a call until Remove. `drainable` (may be null) is drained when StartDraining is called; at once if it has been.
+  uint64_t Add(const std::shared_ptr<Drainable>& drainable);
+  void Remove(uint64_t call);
+
+  void StartDraining();
+  // Blocks until there is no call, or until `deadline`: false then.
+  bool WaitUntilNone(Clock* clock, absl::Time deadline);
+
+ private:
+  Mutex mu_;
+  CondVar none_;
+  uint64_t next_ ABSL_GUARDED_BY(mu_) = 1;
+  bool draining_ ABSL_GUARDED_BY(mu_) = false;
+  std::map<uint64_t, std::weak_ptr<Drainable>> calls_ ABSL_GUARDED_BY(mu_);
+};
+
+// Constant while the service runs; everything pointed to is thread-safe, and owned by the server.
+struct ServiceContext {
+  std::vector<std::string> model_names;  // In the order of the batcher's numbers, and of the alphabet.
+  std::string version;
+  RequestLimits request_limits;
+  // How much unanswered or unwritten work a stream may have before it is not read any more.
+  int64_t stream_window_messages = 64;
+  int64_t stream_window_bytes = int64_t{16} << 20;
+
+  Batcher* batcher = nullptr;
+  SessionStore* sessions = nullptr;
+  Metrics* metrics = nullptr;
+  Clock* clock = nullptr;
+  ActiveCalls* calls = nullptr;
+
+  // The number of the model of that name; of the only one if `name` is empty. NOT_FOUND (MODEL_NOT_FOUND), or
+  // INVALID_ARGUMENT if it is empty and there are several.
+  absl::StatusOr<int> FindModel(const std::string& name) const;
+};
+
+// When the call is to be given up; infinite if the client set no deadline.
+absl::Time CallDeadline(const grpc::CallbackServerContext& call);
+
+// Errors that are our fault are logged in full here, once an answer; nothing else is.
+void LogIfInternal(absl::string_view method, const std::string& request_id, const absl::Status& status);
+
+}  // namespace deltanet
+
+#endif  // DELTANET_SERVER_SERVICE_CONTEXT_H_
