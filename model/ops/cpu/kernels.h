@@ -1,0 +1,63 @@
+// The CPU kernels' table: one source (kernels.cc) is compiled for several instruction sets, and each build of
+// it fills one table. Plain types only, because kernels.cc may share no inline function with the rest of the
+// program: the linker keeps one copy of such a function, which could be the one with AVX-512 in it.
+//
+// Kernels are thread-safe, allocate nothing and check nothing. Pointers need no alignment beyond a float's;
+// states whose rows start on 64 bytes are fastest.
+#ifndef DELTANET_MODEL_OPS_CPU_KERNELS_H_
+#define DELTANET_MODEL_OPS_CPU_KERNELS_H_
+
+#include <stdint.h>
+
+namespace deltanet {
+
+// Columns [0, columns) of one head of one row, advanced through all its tokens. Columns of S are independent.
+struct DeltaRuleSpan {
+  int64_t tokens;   // T; may be 0: the state is copied.
+  int64_t key_dim;  // K
+  int64_t columns;  // At most CpuKernels::delta_rule_columns.
+  const float* q;   // Token t: q + t * token_stride, likewise k (K each), v (columns), beta (1).
+  const float* k;
+  const float* v;
+  const float* beta;
+  int64_t token_stride;
+  float scale;
+  const float*
+      base;  // Row i of S: base + i * state_stride. Null: zero. May equal `work`, else must not overlap it.
+  float* work;           // Row i of S: work + i * state_stride.
+  int64_t state_stride;  // V
+  float* out;            // Token t: out + t * out_stride.
+  int64_t out_stride;    // H * V
+};
+
+// Tokens of a row that see the same taps.
+struct QkvSpan {
+  int64_t tokens;
+  int64_t heads, key_dim, value_dim;  // H, K, V
+  bool silu;                          // Else ReLU.
+  float* z;                           // Token t: z + t * z_stride: q [H*K], k [H*K], v [H*V], beta [H].
+  int64_t z_stride;
+  const float* bias;         // [2HK + HV + H]
+  const float* tap_bias[3];  // [2HK + HV] To be taken away; null where the tap is valid.
+  bool has_position;         // Else beta is zero.
+};
+
+struct CpuKernels {
+  const char* name;
+  int64_t delta_rule_columns;  // A multiple of the vector width; what a DeltaRuleSpan is cut into.
+
+  // True if the new state holds an infinity or NaN.
+  bool (*delta_rule)(const DeltaRuleSpan& span);
+  void (*qkv_activation)(const QkvSpan& span);
+  // One row: s = x (+ delta) (+ bias); `sum` = s; `normed` = s / (rms(s) + epsilon) * scale. Null pointers:
+  // not there; `sum` and `normed` may each be x or delta.
+  void (*add_rms_norm)(int64_t width, float epsilon, const float* x, const float* delta, const float* bias,
+                       float* sum, const float* scale, float* normed);
+  // One row: x [2 * width], bias likewise or null. silu_first: silu(first) * second; else first *
+  // sigmoid(second).
+  void (*gated_unit)(int64_t width, bool silu_first, const float* x, const float* bias, float* out);
+};
+
+}  // namespace deltanet
+
+#endif  // DELTANET_MODEL_OPS_CPU_KERNELS_H_

@@ -1,0 +1,247 @@
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "gtest/gtest.h"
+#include "model/ops/elementwise.h"
+#include "model/ops/rms_norm.h"
+#include "tests/model/ops/op_test_util.h"
+
+namespace deltanet {
+namespace {
+
+const int64_t kWidths[] = {1, 3, 4, 7, 16, 17, 64, 100, 129};
+
+template <typename T>
+std::vector<T> RmsNormReference(const std::vector<T>& x, int64_t rows, int64_t width, const float* scale) {
+  std::vector<T> normed(rows * width);
+  for (int64_t n = 0; n < rows; ++n) {
+    T squares = 0;
+    for (int64_t j = 0; j < width; ++j) squares += x[n * width + j] * x[n * width + j];
+    const T rms = std::sqrt(squares / static_cast<T>(width));
+    for (int64_t j = 0; j < width; ++j) {
+      normed[n * width + j] = x[n * width + j] / (rms + static_cast<T>(kRmsEpsilon)) * scale[j];
+    }
+  }
+  return normed;
+}
+
+class AddRmsNormTest : public IsaTest {};
+
+TEST_P(AddRmsNormTest, MatchesTheReferenceWithAndWithoutEachPart) {
+  for (const int64_t d : kWidths) {
+    constexpr int64_t kRows = 7, kSourceRows = 9;
+    const std::vector<float> x = RandomNormal(kSourceRows * d, 1), delta = RandomNormal(kSourceRows * d, 2),
+                             bias = RandomNormal(d, 3), scale = RandomNormal(d, 4);
+    const std::vector<int32_t> gather = {8, 0, 3, 3, 7, 1, 2};
+    for (int parts = 0; parts < 16; ++parts) {
+      SCOPED_TRACE("width " + std::to_string(d) + " parts " + std::to_string(parts));
+      AddRmsNormArgs args{.rows = kRows, .width = d, .x = x.data(), .scale = scale.data()};
+      if (parts & 1) args.gather = gather.data();
+      if (parts & 2) args.delta = delta.data();
+      if (parts & 4) args.bias = bias.data();
+      Guarded sum(kRows * d), normed(kRows * d);
+      if (parts & 8) args.sum = sum.data();
+      args.normed = normed.data();
+      ASSERT_TRUE(AddRmsNorm(args, ThreadedContext()).ok());
+
+      std::vector<float> plain(kRows * d);
+      std::vector<double> exact(kRows * d);
+      for (int64_t n = 0; n < kRows; ++n) {
+        for (int64_t j = 0; j < d; ++j) {
+          const int64_t from = (args.gather != nullptr ? gather[n] : n) * d + j, to = n * d + j;
+          exact[to] = x[from];
+          plain[to] = x[from];
+          if (args.delta != nullptr) exact[to] += delta[from], plain[to] += delta[from];
+          if (args.bias != nullptr) exact[to] += bias[j], plain[to] += bias[j];
+        }
+      }
+      if (args.sum != nullptr) ExpectAsGoodAsPlain(sum.data(), plain.data(), exact.data(), kRows * d, "sum");
+      ExpectAsGoodAsPlain(normed.data(), RmsNormReference(plain, kRows, d, scale.data()).data(),
+                          RmsNormReference(exact, kRows, d, scale.data()).data(), kRows * d, "normed");
+      EXPECT_TRUE(sum.GuardsIntact() && normed.GuardsIntact());
+    }
+  }
+}
+
+TEST_P(AddRmsNormTest, InPlaceGivesTheSameBits) {
+  for (const int64_t d : kWidths) {
+    constexpr int64_t kRows = 5;
+    const std::vector<float> x = RandomNormal(kRows * d, 5), delta = RandomNormal(kRows * d, 6),
+                             bias = RandomNormal(d, 7), scale = RandomNormal(d, 8);
+    std::vector<float> sum(kRows * d), normed(kRows * d);
+    const AddRmsNormArgs apart{.rows = kRows,
+                               .width = d,
+                               .x = x.data(),
+                               .delta = delta.data(),
+                               .bias = bias.data(),
+                               .sum = sum.data(),
+                               .scale = scale.data(),
+                               .normed = normed.data()};
+    ASSERT_TRUE(AddRmsNorm(apart, SerialContext()).ok());
+    for (const int choice : {0, 1, 2, 3}) {
+      SCOPED_TRACE(choice);
+      std::vector<float> a = x, b = delta;
+      AddRmsNormArgs args = apart;
+      args.x = a.data();
+      args.delta = b.data();
+      args.sum = choice == 0 ? a.data() : choice == 1 ? b.data() : nullptr;
+      args.normed = choice == 0 ? b.data() : choice == 1 ? a.data() : choice == 2 ? a.data() : b.data();
+      ASSERT_TRUE(AddRmsNorm(args, SerialContext()).ok());
+      EXPECT_TRUE(SameBits(args.normed, normed.data(), kRows * d));
+      EXPECT_TRUE(args.sum == nullptr || SameBits(args.sum, sum.data(), kRows * d));
+    }
+  }
+}
+
+TEST_P(AddRmsNormTest, ZerosStayZero) {
+  const std::vector<float> x(20, 0.0f), scale(20, 3.0f);
+  Guarded normed(20);
+  ASSERT_TRUE(
+      AddRmsNorm({.rows = 1, .width = 20, .x = x.data(), .scale = scale.data(), .normed = normed.data()},
+                 SerialContext())
+          .ok());
+  EXPECT_EQ(normed.Values(), x);
+}
+
+INSTANTIATE_TEST_SUITE_P(Isa, AddRmsNormTest, EveryIsa(),
+                         [](const auto& info) { return IsaName(info.param); });
+
+TEST(AddRmsNormContractTest, RefusesWhatItCannotDo) {
+  float x[4] = {1, 2, 3, 4}, scale[4] = {1, 1, 1, 1}, out[4] = {};
+  const AddRmsNormArgs good{.rows = 1, .width = 4, .x = x, .scale = scale, .normed = out};
+  const auto code = [](const AddRmsNormArgs& args, const OpContext& context = SerialContext()) {
+    return AddRmsNorm(args, context).code();
+  };
+  EXPECT_EQ(code(good), absl::StatusCode::kOk);
+  AddRmsNormArgs bad = good;
+  bad.width = 0;
+  EXPECT_EQ(code(bad), absl::StatusCode::kInvalidArgument);
+  bad = good;
+  bad.rows = -1;
+  EXPECT_EQ(code(bad), absl::StatusCode::kInvalidArgument);
+  bad = good;
+  bad.scale = nullptr;
+  EXPECT_EQ(code(bad), absl::StatusCode::kInvalidArgument);
+  bad = good;
+  bad.normed = nullptr;
+  EXPECT_EQ(code(bad), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(code(good, CudaContext()), absl::StatusCode::kFailedPrecondition);
+  bad = good;
+  bad.rows = 0;
+  bad.x = nullptr;
+  EXPECT_EQ(code(bad), absl::StatusCode::kOk);
+}
+
+template <typename T>
+std::vector<T> GatedReference(GateKind kind, int64_t rows, int64_t f, const std::vector<float>& x,
+                              const float* bias) {
+  std::vector<T> out(rows * f);
+  for (int64_t n = 0; n < rows; ++n) {
+    for (int64_t j = 0; j < f; ++j) {
+      T first = x[n * 2 * f + j], second = x[n * 2 * f + f + j];
+      if (bias != nullptr) first += bias[j], second += bias[f + j];
+      const auto sigmoid = [](T a) { return T(1) / (T(1) + std::exp(-a)); };
+      out[n * f + j] =
+          kind == GateKind::kSiluFirst ? first * sigmoid(first) * second : first * sigmoid(second);
+    }
+  }
+  return out;
+}
+
+class GatedUnitTest : public IsaTest {};
+
+TEST_P(GatedUnitTest, MatchesTheReference) {
+  for (const int64_t f : kWidths) {
+    constexpr int64_t kRows = 6;
+    const std::vector<float> x = RandomNormal(kRows * 2 * f, 9, 3.0f), bias = RandomNormal(2 * f, 10);
+    for (GateKind kind : {GateKind::kSigmoidSecond, GateKind::kSiluFirst}) {
+      for (const float* b : {static_cast<const float*>(nullptr), bias.data()}) {
+        Guarded out(kRows * f);
+        ASSERT_TRUE(
+            GatedUnit({.kind = kind, .rows = kRows, .width = f, .x = x.data(), .bias = b, .out = out.data()},
+                      ThreadedContext())
+                .ok());
+        ExpectAsGoodAsPlain(out.data(), GatedReference<float>(kind, kRows, f, x, b).data(),
+                            GatedReference<double>(kind, kRows, f, x, b).data(), kRows * f,
+                            std::to_string(f));
+        EXPECT_TRUE(out.GuardsIntact());
+      }
+    }
+  }
+}
+
+// The sigmoid alone, over all that a float32 can tell from 0 and 1: relative error, down to the smallest
+// normal number.
+TEST_P(GatedUnitTest, SigmoidKeepsItsRelativeAccuracy) {
+  constexpr int64_t kPoints = 200001;
+  std::vector<float> x(2 * kPoints, 1.0f);
+  for (int64_t i = 0; i < kPoints; ++i) x[kPoints + i] = -100.0f + 0.001f * static_cast<float>(i);
+  Guarded out(kPoints);
+  ASSERT_TRUE(
+      GatedUnit(
+          {.kind = GateKind::kSigmoidSecond, .rows = 1, .width = kPoints, .x = x.data(), .out = out.data()},
+          SerialContext())
+          .ok());
+  double worst = 0;
+  for (int64_t i = 0; i < kPoints; ++i) {
+    const double exact = 1 / (1 + std::exp(-static_cast<double>(x[kPoints + i])));
+    const double floor = 2 * std::numeric_limits<float>::min();
+    worst = std::max(worst, (std::fabs(out[i] - exact) - floor) / exact);
+  }
+  EXPECT_LE(worst, 2.5 * kEpsilon);
+}
+
+TEST_P(GatedUnitTest, ExtremesAndNonFiniteValues) {
+  const float inf = std::numeric_limits<float>::infinity(), big = 3e38f;
+  const std::vector<float> second = {inf, -inf, big, -big, 0.0f, -0.0f, kNaN, 88.8f, -88.8f, 1e-40f};
+  const int64_t f = static_cast<int64_t>(second.size());
+  std::vector<float> x(f, 2.0f);
+  x.insert(x.end(), second.begin(), second.end());
+  Guarded out(f);
+  ASSERT_TRUE(
+      GatedUnit({.kind = GateKind::kSigmoidSecond, .rows = 1, .width = f, .x = x.data(), .out = out.data()},
+                SerialContext())
+          .ok());
+  const std::vector<float> want = {2, 0, 2, 0, 1, 1, kNaN, 2, 0, 1};
+  for (int64_t i = 0; i < f; ++i) {
+    if (std::isnan(want[i])) {
+      EXPECT_TRUE(std::isnan(out[i]));
+    } else {
+      EXPECT_NEAR(out[i], want[i], 1e-37) << second[i];
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Isa, GatedUnitTest, EveryIsa(),
+                         [](const auto& info) { return IsaName(info.param); });
+
+TEST(EmbedTest, CopiesRowsOfTheTable) {
+  constexpr int64_t kWidth = 5;
+  const std::vector<float> table = RandomNormal(11 * kWidth, 12);
+  const std::vector<int64_t> ids = {10, 0, 3, 3};
+  Guarded out(4 * kWidth);
+  ASSERT_TRUE(Embed({.rows = 4, .width = kWidth, .ids = ids.data(), .table = table.data(), .out = out.data()},
+                    ThreadedContext())
+                  .ok());
+  for (int64_t n = 0; n < 4; ++n) {
+    EXPECT_TRUE(SameBits(out.data() + n * kWidth, table.data() + ids[n] * kWidth, kWidth));
+  }
+  EXPECT_TRUE(out.GuardsIntact());
+}
+
+TEST(ElementwiseContractTest, RefuseWhatTheyCannotDo) {
+  EXPECT_EQ(GatedUnit({.rows = 1, .width = 0}, SerialContext()).code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(GatedUnit({.rows = -1, .width = 1}, SerialContext()).code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(GatedUnit({.rows = 1, .width = 1}, CudaContext()).code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_TRUE(GatedUnit({.rows = 0, .width = 1}, SerialContext()).ok());
+  EXPECT_EQ(Embed({.rows = 1, .width = 0}, SerialContext()).code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(Embed({.rows = -1, .width = 1}, SerialContext()).code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(Embed({.rows = 1, .width = 1}, CudaContext()).code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_TRUE(Embed({.rows = 0, .width = 1}, SerialContext()).ok());
+}
+
+}  // namespace
+}  // namespace deltanet

@@ -1,0 +1,174 @@
+// What the operators' tests share: every instruction set, threads, memory that shows what was not or wrongly
+// written.
+#ifndef DELTANET_TESTS_MODEL_OPS_OP_TEST_UTIL_H_
+#define DELTANET_TESTS_MODEL_OPS_OP_TEST_UTIL_H_
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "gtest/gtest.h"
+#include "model/ops/cpu/dispatch.h"
+#include "model/ops/rows.h"
+
+namespace deltanet {
+
+inline constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+inline constexpr double kEpsilon = std::numeric_limits<float>::epsilon();
+
+inline void RunSerially(int64_t n, int64_t, absl::FunctionRef<void(int64_t, int64_t)> body) {
+  if (n > 0) body(0, n);
+}
+
+// Cuts into up to seven ranges, each on a thread, whatever the grain: every boundary is a place to go wrong.
+inline void RunInShreds(int64_t n, int64_t, absl::FunctionRef<void(int64_t, int64_t)> body) {
+  const int64_t ranges = std::min<int64_t>(n, 7);
+  std::vector<std::thread> threads;
+  for (int64_t i = 0; i < ranges; ++i) {
+    threads.emplace_back([=] { body(n * i / ranges, n * (i + 1) / ranges); });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+inline OpContext SerialContext() { return OpContext{.device = {}, .parallel_for = RunSerially}; }
+inline OpContext ThreadedContext() { return OpContext{.device = {}, .parallel_for = RunInShreds}; }
+inline OpContext CudaContext() {
+  return OpContext{.device = {.type = DeviceType::kCuda, .index = 0}, .parallel_for = RunSerially};
+}
+
+inline std::string IsaName(CpuIsa isa) {
+  switch (isa) {
+    case CpuIsa::kGeneric:
+      return "generic";
+    case CpuIsa::kAvx2:
+      return "avx2";
+    case CpuIsa::kAvx512:
+      return "avx512";
+  }
+  return "unknown";
+}
+
+inline auto EveryIsa() { return testing::Values(CpuIsa::kGeneric, CpuIsa::kAvx2, CpuIsa::kAvx512); }
+
+// Runs a test with one build of the kernels.
+class IsaScope {
+ public:
+  explicit IsaScope(CpuIsa isa) : kernels_(CpuKernelsFor(isa)) { SetCpuKernelsForTesting(kernels_); }
+  ~IsaScope() { SetCpuKernelsForTesting(nullptr); }
+  bool supported() const { return kernels_ != nullptr; }
+
+ private:
+  const CpuKernels* const kernels_;
+};
+
+class IsaTest : public testing::TestWithParam<CpuIsa> {
+ protected:
+  void SetUp() override {
+    if (!isa_.supported()) GTEST_SKIP() << "this machine has no " << IsaName(GetParam());
+  }
+
+ private:
+  const IsaScope isa_{GetParam()};
+};
+
+// Floats with a guard band on either side, all NaN at first. Starts off every alignment but a float's.
+class Guarded {
+ public:
+  explicit Guarded(int64_t size) : size_(size), floats_(size + 2 * kGuard, kNaN) {
+    for (int64_t i = 0; i < kGuard; ++i) floats_[i] = floats_[kGuard + size + i] = kSentinel;
+  }
+  float* data() { return floats_.data() + kGuard; }
+  int64_t size() const { return size_; }
+  float& operator[](int64_t i) { return data()[i]; }
+  std::vector<float> Values() const { return {floats_.begin() + kGuard, floats_.begin() + kGuard + size_}; }
+  bool GuardsIntact() const {
+    const auto intact = [](float x) { return x == kSentinel; };
+    return std::all_of(floats_.begin(), floats_.begin() + kGuard, intact) &&
+           std::all_of(floats_.begin() + kGuard + size_, floats_.end(), intact);
+  }
+
+ private:
+  static constexpr int64_t kGuard = 67;
+  static constexpr float kSentinel = 12345.678f;
+  int64_t size_;
+  std::vector<float> floats_;
+};
+
+inline std::vector<float> RandomNormal(int64_t count, uint32_t seed, float deviation = 1.0f) {
+  std::mt19937 generator(seed);
+  std::normal_distribution<float> normal(0.0f, deviation);
+  std::vector<float> values(count);
+  for (float& value : values) value = normal(generator);
+  return values;
+}
+
+inline bool SameBits(const float* a, const float* b, int64_t count) {
+  return std::memcmp(a, b, count * sizeof(float)) == 0;
+}
+
+// Largest difference; NaN if any is.
+template <typename A, typename B>
+double MaxError(const A* a, const B* b, int64_t count) {
+  double error = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double difference = std::fabs(static_cast<double>(a[i]) - static_cast<double>(b[i]));
+    if (!(difference <= error)) error = difference;
+    if (std::isnan(error)) return error;
+  }
+  return error;
+}
+
+template <typename T>
+double MaxMagnitude(const T* a, int64_t count) {
+  double magnitude = 0;
+  for (int64_t i = 0; i < count; ++i) magnitude = std::max(magnitude, std::fabs(static_cast<double>(a[i])));
+  return magnitude;
+}
+
+// The bound that the fast operators are held to: against float64, at most twice the error of plain float32
+// code, plus one rounding of the largest value.
+inline void ExpectAsGoodAsPlain(const float* fast, const float* plain, const double* exact, int64_t count,
+                                const std::string& what) {
+  const double bound = 2 * MaxError(plain, exact, count) + kEpsilon * MaxMagnitude(exact, count);
+  const double error = MaxError(fast, exact, count);
+  EXPECT_FALSE(std::isnan(error)) << what << " has an unwritten element";
+  EXPECT_LE(error, bound) << what;
+}
+
+// The arrays of a RaggedRows.
+struct Ragged {
+  std::vector<int32_t> offsets{0};
+  std::vector<int32_t> base_slot, work_slot;
+  std::vector<uint8_t> fresh;
+  std::vector<int64_t> position, end;
+
+  void Add(int64_t tokens, int32_t base, int32_t work, bool is_fresh = false, int64_t at = 0,
+           int64_t length = std::numeric_limits<int64_t>::max()) {
+    offsets.push_back(offsets.back() + static_cast<int32_t>(tokens));
+    base_slot.push_back(base);
+    work_slot.push_back(work);
+    fresh.push_back(is_fresh);
+    position.push_back(at);
+    end.push_back(length);
+  }
+  RaggedRows rows() const {
+    return RaggedRows{.rows = static_cast<int64_t>(fresh.size()),
+                      .tokens = offsets.back(),
+                      .offsets = offsets.data(),
+                      .base_slot = base_slot.data(),
+                      .work_slot = work_slot.data(),
+                      .fresh = fresh.data(),
+                      .position = position.data(),
+                      .end = end.data()};
+  }
+};
+
+}  // namespace deltanet
+
+#endif  // DELTANET_TESTS_MODEL_OPS_OP_TEST_UTIL_H_
