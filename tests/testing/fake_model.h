@@ -1,0 +1,109 @@
+// A model without mathematics: its state is a running hash of all that the sequence was fed, and its output
+// is made of that state. A mixed-up session, a lost or repeated chunk, a wrong slot, a stale read, a wrong
+// fresh flag or a wrong end gives another output than ExpectedOutput; a position that is not the state's is a
+// failed check.
+#ifndef DELTANET_TESTS_TESTING_FAKE_MODEL_H_
+#define DELTANET_TESTS_TESTING_FAKE_MODEL_H_
+
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <optional>
+#include <set>
+#include <utility>
+#include <vector>
+
+#include "absl/functional/any_invocable.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "model/base/mutex.h"
+#include "model/model.h"
+
+namespace deltanet {
+
+struct FakeModelOptions {
+  bool takes_tokens = false;
+  int64_t input_width = 3;
+  int64_t output_width = 8;
+  int64_t lookahead =
+      0;  // Outputs lag the input and depend on what comes after them, as with centred convolutions.
+  int64_t num_slots = 8;
+  int64_t max_step_tokens = 256;
+  int64_t max_step_rows = 16;
+  int max_steps_in_flight = 1;
+};
+
+// Prepare, Launch and Wait as in model.h; what steers and watches them is thread-safe. Steps are numbered 0,
+// 1, ... in the order of successful Prepares.
+class FakeModel : public Model {
+ public:
+  explicit FakeModel(const FakeModelOptions& options);
+
+  const ModelDescription& description() const override { return description_; }
+  absl::StatusOr<StepTicket> Prepare(absl::Span<const StepRow> rows) override;
+  absl::Status Launch(StepTicket ticket) override;
+  absl::StatusOr<StepResult> Wait(StepTicket ticket) override;
+
+  // All outputs of a whole sequence, [T, output_width] for `input` of [T, input_width] values or [T] ids.
+  // Every value is exact in float32, float16 and bfloat16. Outputs but the last `lookahead` ones are also
+  // those of a longer sequence.
+  std::vector<float> ExpectedOutput(absl::Span<const float> input) const;
+  std::vector<float> ExpectedOutput(absl::Span<const int64_t> ids) const;
+
+  // Failures to come. Work slots of what fails are worthless after it.
+  void FailLaunch(int64_t step, absl::Status status);
+  void FailWait(int64_t step, absl::Status status);
+  void FailRow(int64_t step, int64_t row);  // As non-finite: INTERNAL for that row alone.
+
+  // Called at the start of each Launch, with the number of the step, on the batch thread.
+  void OnLaunch(absl::AnyInvocable<void(int64_t step)> hook);
+
+  // Makes that step's Wait block until Release; WaitUntilHeld blocks until it does.
+  void Hold(int64_t step);
+  void WaitUntilHeld(int64_t step);
+  void Release(int64_t step);
+
+  // The rows of all steps that were launched so far (their pointers may be stale).
+  std::vector<std::vector<StepRow>> launched() const;
+
+ private:
+  struct Slot {
+    uint64_t hash;
+    int64_t fed;  // Tokens; -1: worthless.
+  };
+  struct Prepared {
+    int64_t step;
+    std::vector<StepRow> rows;
+    std::vector<std::vector<uint64_t>> inputs;  // A row each: the hashes of its real tokens.
+    bool launched = false;
+    std::vector<std::vector<float>> outputs;  // A row each.
+    StepResult result;
+  };
+
+  absl::Status Validate(absl::Span<const StepRow> rows) const;
+  void AppendOutput(uint64_t hash, std::vector<float>* to) const;
+  std::vector<float> ExpectedOfHashes(const std::vector<uint64_t>& inputs) const;
+
+  const ModelDescription description_;
+
+  // Of the batch thread.
+  std::vector<Slot> slots_;
+  std::map<StepTicket, Prepared> prepared_;
+  std::deque<StepTicket> in_flight_;
+  int64_t next_step_ = 0;
+
+  mutable Mutex mu_;
+  CondVar changed_;
+  std::map<int64_t, absl::Status> failing_launches_ ABSL_GUARDED_BY(mu_);
+  std::map<int64_t, absl::Status> failing_waits_ ABSL_GUARDED_BY(mu_);
+  std::set<std::pair<int64_t, int64_t>> failing_rows_ ABSL_GUARDED_BY(mu_);
+  absl::AnyInvocable<void(int64_t)> on_launch_ ABSL_GUARDED_BY(mu_);
+  std::set<int64_t> held_ ABSL_GUARDED_BY(mu_);
+  std::optional<int64_t> blocked_in_ ABSL_GUARDED_BY(mu_);
+  std::vector<std::vector<StepRow>> launched_ ABSL_GUARDED_BY(mu_);
+};
+
+}  // namespace deltanet
+
+#endif  // DELTANET_TESTS_TESTING_FAKE_MODEL_H_
