@@ -1,8 +1,9 @@
-// A loaded model: weights and a pool of state slots on one device, advanced one step (a ragged batch of rows) at a time.
+// A loaded model: weights and a pool of state slots on one device, advanced one step (a ragged batch of rows)
+// at a time.
 //
-// Who calls: the batch thread of the device, which alone calls Prepare, Launch and Wait (confined to it); description()
-// is constant and may be read from any thread. Who owns: the server, which destroys it after its batch thread ended.
-// Tests put a fake behind the same interface.
+// Who calls: the batch thread of the device, which alone calls Prepare, Launch and Wait (confined to it);
+// description() is constant and may be read from any thread. Who owns: the server, which destroys it after
+// its batch thread ended. Tests put a fake behind the same interface.
 #ifndef DELTANET_MODEL_MODEL_H_
 #define DELTANET_MODEL_MODEL_H_
 
@@ -20,43 +21,48 @@ namespace deltanet {
 
 // What a model is and takes. Constant.
 struct ModelDescription {
-  std::string family;        // "transformer_deltanet", ...
+  std::string family;         // "transformer_deltanet", ...
   bool takes_tokens = false;  // Input is int64 ids [T]; else float values [T, input_width].
-  int64_t input_width = 1;   // Values a token: d_model, or 1 for ids.
-  int64_t output_width = 0;  // Values a token: d_model, or the vocabulary.
-  int64_t vocab_size = 0;    // Ids are in [0, vocab_size); 0 if it does not take tokens.
-  int64_t lookahead = 0;     // Tokens by which a stream's output lags its input (layers x look-ahead of one).
-  int64_t parameters = 0;    // As in the file.
+  int64_t input_width = 1;    // Values a token: d_model, or 1 for ids.
+  int64_t output_width = 0;   // Values a token: d_model, or the vocabulary.
+  int64_t vocab_size = 0;     // Ids are in [0, vocab_size); 0 if it does not take tokens.
+  int64_t lookahead = 0;   // Tokens by which a stream's output lags its input (layers x look-ahead of one).
+  int64_t parameters = 0;  // As in the file.
   DType dtype = DType::kFloat32;  // In which it computes.
   Device device;
-  int64_t session_bytes = 0;  // Of one slot: a session's whole state.
-  int64_t num_slots = 0;      // Slots in the pool, 0 .. num_slots-1.
-  int64_t weight_bytes = 0;   // On the device.
+  int64_t session_bytes = 0;    // Of one slot: a session's whole state.
+  int64_t num_slots = 0;        // Slots in the pool, 0 .. num_slots-1.
+  int64_t weight_bytes = 0;     // On the device.
   int64_t max_step_tokens = 0;  // Largest step that Prepare takes: workspace is sized for it.
   int64_t max_step_rows = 0;
-  int max_steps_in_flight = 1;  // Launched and not yet waited for: 1 where Launch computes (CPU), 2 where it queues.
+  int max_steps_in_flight =
+      1;  // Launched and not yet waited for: 1 where Launch computes (CPU), 2 where it queues.
 };
 
-// One row of a step: `tokens` tokens of one sequence, of which the first may be real and the last may be flush tokens
-// (those at times >= end, which carry no input). See model/ops/rows.h for time, position and end.
+// One row of a step: `tokens` tokens of one sequence, of which the first may be real and the last may be
+// flush tokens (those at times >= end, which carry no input). See model/ops/rows.h for time, position and
+// end.
 struct StepRow {
-  int32_t base_slot = -1;  // State read. Ignored where fresh.
-  int32_t work_slot = -1;  // State written; may equal base_slot.
-  bool fresh = false;      // Start from zero state.
-  int64_t position = 0;    // Tokens fed to the sequence before this row.
+  int32_t base_slot = -1;   // State read. Ignored where fresh.
+  int32_t work_slot = -1;   // State written; may equal base_slot.
+  bool fresh = false;       // Start from zero state.
+  int64_t position = 0;     // Tokens fed to the sequence before this row.
   int64_t end = INT64_MAX;  // Length of the sequence once known (end_of_sequence), else INT64_MAX.
-  int64_t tokens = 0;      // May be 0: the state is copied.
+  int64_t tokens = 0;       // May be 0: the state is copied.
 
-  // The real tokens' input, max(0, min(tokens, end - position)) of them: [., input_width] of input_dtype, or [.] int64.
-  // Copied by Prepare. May be unaligned. Values are finite and ids in range: checked by the caller.
+  // The real tokens' input, max(0, min(tokens, end - position)) of them: [., input_width] of input_dtype, or
+  // [.] int64. Copied by Prepare. May be unaligned. Values are finite and ids in range: checked by the
+  // caller.
   const void* input = nullptr;
   DType input_dtype = DType::kFloat32;
-  // Receives the outputs whose position is >= 0: OutputTokens() of them, [., output_width] of output_dtype, at Wait.
+  // Receives the outputs whose position is >= 0: OutputTokens() of them, [., output_width] of output_dtype,
+  // at Wait.
   void* output = nullptr;
   DType output_dtype = DType::kFloat32;
 };
 
-// Position of the first output of a span of tokens fed from time `position`, for a model that lags by `lookahead`.
+// Position of the first output of a span of tokens fed from time `position`, for a model that lags by
+// `lookahead`.
 inline int64_t FirstOutputPosition(int64_t position, int64_t lookahead) {
   return position > lookahead ? position - lookahead : 0;
 }
@@ -70,8 +76,8 @@ inline int64_t OutputTokens(int64_t position, int64_t tokens, int64_t lookahead)
 using StepTicket = int64_t;
 
 struct StepResult {
-  // A row each: OK, or INTERNAL if its state or output became infinite or NaN; its work slot is then worthless, and no
-  // other row is touched by that.
+  // A row each: OK, or INTERNAL if its state or output became infinite or NaN; its work slot is then
+  // worthless, and no other row is touched by that.
   std::vector<absl::Status> rows;
 };
 
@@ -81,13 +87,14 @@ class Model {
 
   virtual const ModelDescription& description() const = 0;
 
-  // Copies the rows' input into staging and returns a ticket; touches no slot. INVALID_ARGUMENT if a slot, size or dtype
-  // is out of range, two rows share a work slot or one reads what another writes, or the step is larger than
-  // max_step_tokens / max_step_rows; FAILED_PRECONDITION if max_steps_in_flight are under way. Then nothing has changed.
+  // Copies the rows' input into staging and returns a ticket; touches no slot. INVALID_ARGUMENT if a slot,
+  // size or dtype is out of range, two rows share a work slot or one reads what another writes, or the step
+  // is larger than max_step_tokens / max_step_rows; FAILED_PRECONDITION if max_steps_in_flight are under way.
+  // Then nothing has changed.
   virtual absl::StatusOr<StepTicket> Prepare(absl::Span<const StepRow> rows) = 0;
 
-  // Starts the step; steps take effect in the order of Launch. On an error the ticket is spent, the work slots are
-  // worthless and all other slots are as before.
+  // Starts the step; steps take effect in the order of Launch. On an error the ticket is spent, the work
+  // slots are worthless and all other slots are as before.
   virtual absl::Status Launch(StepTicket ticket) = 0;
 
   // Blocks until the step is done, writes the rows' outputs and spends the ticket. Errors as Launch.
@@ -96,16 +103,18 @@ class Model {
 
 struct ModelOptions {
   Device device;
+  DType dtype = DType::kFloat32;  // In which it computes: float32, or on CUDA bfloat16. State is always float32.
   int64_t max_step_tokens = 2048;
   int64_t max_step_rows = 256;
   int64_t pool_bytes = 0;  // Memory for state slots: as many as fit, at most max_slots, at least min_slots.
   int64_t min_slots = 2;   // RESOURCE_EXHAUSTED if these do not fit in pool_bytes.
   int64_t max_slots = int64_t{1} << 20;
-  int cpu_threads = 1;     // Threads of a step on the CPU, the batch thread included.
+  int cpu_threads = 1;  // Threads of a step on the CPU, the batch thread included.
 };
 
-// Loads DIRECTORY/config.json and DIRECTORY/model.safetensors. NOT_FOUND, INVALID_ARGUMENT as config.h and safetensors.h;
-// FAILED_PRECONDITION if the device is not there or this build has no CUDA; RESOURCE_EXHAUSTED if memory is short.
+// Loads DIRECTORY/config.json and DIRECTORY/model.safetensors. NOT_FOUND, INVALID_ARGUMENT as config.h and
+// safetensors.h, INVALID_ARGUMENT too for a dtype that the device does not compute in; FAILED_PRECONDITION if
+// the device is not there or this build has no CUDA; RESOURCE_EXHAUSTED if memory is short.
 absl::StatusOr<std::unique_ptr<Model>> LoadModel(const std::string& directory, const ModelOptions& options);
 
 }  // namespace deltanet

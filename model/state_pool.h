@@ -12,7 +12,8 @@ namespace deltanet {
 
 class StatePool;
 
-// One slot, given back on destruction. Move-only; the pool outlives it. A moved-from or default slot holds nothing.
+// One slot, given back on destruction. Move-only; the pool outlives it. A moved-from or default slot holds
+// nothing.
 class StateSlot {
  public:
   StateSlot() = default;
@@ -38,7 +39,8 @@ class StatePool {
   explicit StatePool(int64_t num_slots);
   ~StatePool();
 
-  // RESOURCE_EXHAUSTED if none is free. The slot's content is whatever was there: start it fresh. Never blocks.
+  // RESOURCE_EXHAUSTED if none is free. The slot's content is whatever was there: start it fresh. Never
+  // blocks.
   absl::StatusOr<StateSlot> Acquire();
 
   int64_t num_slots() const { return num_slots_; }

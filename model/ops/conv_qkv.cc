@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "model/base/status_macros.h"
 #include "model/ops/cpu/dispatch.h"
+#include "model/ops/cuda_kernels.h"
 
 namespace deltanet {
 namespace {
@@ -32,7 +33,7 @@ class Scatter {
     for (int64_t tap = kConvTaps - 1; tap >= 0; --tap) {
       const int64_t token = i + kConvTaps - 1 - tap;
       if (token < 0 || token >= tokens_) continue;
-      float* const to = args_.taps + ((start_ + token) * kConvTaps + tap) * d;
+      float* const to = static_cast<float*>(args_.taps) + ((start_ + token) * kConvTaps + tap) * d;
       if (raw == nullptr) {
         std::memset(to, 0, d * sizeof(float));
       } else if (args_.norm_scale != nullptr && seen == raw) {
@@ -69,7 +70,8 @@ absl::Status GatherTaps(const RaggedRows& rows, const GatherTapsArgs& args, cons
     return absl::InvalidArgumentError(absl::StrCat("convolution taps have width ", args.width, " and lag ",
                                                    args.lag, ", want at least 1 and 0"));
   }
-  RETURN_IF_ERROR(CheckOnCpu(context));
+  CUDA_DOOR(GatherTapsCuda(rows, args, context.stream));
+  RETURN_IF_ERROR(CheckOnCpu(context, {args.dtype}));
   if (rows.rows == 0) return absl::OkStatus();
   constexpr int64_t kTail = kConvTaps - 1;
   const CpuKernels& kernels = ActiveCpuKernels();
@@ -123,7 +125,8 @@ absl::Status ConvQkvActivation(const RaggedRows& rows, const ConvQkvActivationAr
     return absl::InvalidArgumentError(
         absl::StrCat("mixer's z_stride is ", args.z_stride, ", want at least ", width));
   }
-  RETURN_IF_ERROR(CheckOnCpu(context));
+  CUDA_DOOR(ConvQkvActivationCuda(rows, args, context.stream));
+  RETURN_IF_ERROR(CheckOnCpu(context, {args.dtype}));
   if (rows.tokens == 0) return absl::OkStatus();
   const CpuKernels& kernels = ActiveCpuKernels();
   const auto run = [&](int64_t begin, int64_t end) {
@@ -146,7 +149,7 @@ absl::Status ConvQkvActivation(const RaggedRows& rows, const ConvQkvActivationAr
         span.key_dim = args.key_dim;
         span.value_dim = args.value_dim;
         span.silu = args.activation == QkvActivation::kSilu;
-        span.z = args.z + begin * args.z_stride;
+        span.z = static_cast<float*>(args.z) + begin * args.z_stride;
         span.z_stride = args.z_stride;
         span.bias = args.bias;
         for (int64_t j = 0; j < kConvTaps; ++j) {

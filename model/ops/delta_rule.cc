@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "model/base/status_macros.h"
 #include "model/ops/cpu/dispatch.h"
+#include "model/ops/cuda_kernels.h"
 
 namespace deltanet {
 namespace {
@@ -38,11 +39,8 @@ absl::Status Validate(const RaggedRows& rows, const DeltaRuleArgs& args) {
 
 absl::Status DeltaRule(const RaggedRows& rows, const DeltaRuleArgs& args, const OpContext& context) {
   RETURN_IF_ERROR(Validate(rows, args));
-  RETURN_IF_ERROR(CheckOnCpu(context));
-  if (args.dtype != DType::kFloat32) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("delta rule on the CPU has dtype ", DTypeName(args.dtype), ", want float32"));
-  }
+  CUDA_DOOR(DeltaRuleCuda(rows, args, context.stream));
+  RETURN_IF_ERROR(CheckOnCpu(context, {args.dtype}));
   if (rows.rows == 0) return absl::OkStatus();
 
   const CpuKernels& kernels = ActiveCpuKernels();
@@ -54,7 +52,6 @@ absl::Status DeltaRule(const RaggedRows& rows, const DeltaRuleArgs& args, const 
   const float* const k = static_cast<const float*>(args.k);
   const float* const v = static_cast<const float*>(args.v);
   const float* const beta = static_cast<const float*>(args.beta);
-  float* const out = static_cast<float*>(args.out);
 
   // A part costs T + 1 walks over its strip. So the work is a line of parts x units (see dispatch.h) walks,
   // and a range of it runs those parts whose first walk lies in it: ragged rows are shared out evenly.
@@ -83,7 +80,7 @@ absl::Status DeltaRule(const RaggedRows& rows, const DeltaRuleArgs& args, const 
         span.base = rows.fresh[r] ? nullptr : args.state.at(rows.base_slot[r]) + in_slot;
         span.work = args.state.at(rows.work_slot[r]) + in_slot;
         span.state_stride = V;
-        span.out = out + (start * H + head) * V + column;
+        span.out = args.out + (start * H + head) * V + column;
         span.out_stride = H * V;
         if (kernels.delta_rule(span)) {
           std::atomic_ref<int32_t>(args.nonfinite[r]).store(1, std::memory_order_relaxed);

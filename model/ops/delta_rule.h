@@ -1,4 +1,5 @@
-// The delta rule over a ragged batch: each head of each row is an associative memory S, corrected at every token,
+// The delta rule over a ragged batch: each head of each row is an associative memory S, corrected at every
+// token,
 //
 //   u_t = beta_t (v_t - S_{t-1}^T k_t)      what the memory gets wrong about this key
 //   S_t = S_{t-1} + k_t u_t^T
@@ -16,32 +17,34 @@
 namespace deltanet {
 
 struct DeltaRuleArgs {
-  int64_t heads = 0;    // H
-  int64_t key_dim = 0;  // K
-  int64_t value_dim = 0;  // V
-  DType dtype = DType::kFloat32;  // Of q, k, v, beta, out. float32 on CPU. State is always float32.
-  // Token n, head h: q + n * token_stride + h * K, likewise k; v + n * token_stride + h * V; beta + n * token_stride + h.
+  int64_t heads = 0;              // H
+  int64_t key_dim = 0;            // K
+  int64_t value_dim = 0;          // V
+  DType dtype = DType::kFloat32;  // Of q, k, v, beta: float32, on CUDA also bfloat16.
+  // Token n, head h: q + n * token_stride + h * K, likewise k; v + n * token_stride + h * V; beta + n *
+  // token_stride + h.
   const void* q = nullptr;
   const void* k = nullptr;
   const void* v = nullptr;
   const void* beta = nullptr;  // Range not checked.
   int64_t token_stride = 0;    // Elements.
   float scale = 1.0f;
-  SlotView state;          // [H, K, V] float32 a slot.
-  void* out = nullptr;     // [N, H, V], fully overwritten; must not overlap an input.
-  int32_t* nonfinite = nullptr;  // [R]: set to 1 where a row's new state holds an infinity or NaN; else left alone.
+  SlotView state;        // [H, K, V] float32 a slot.
+  float* out = nullptr;  // [N, H, V], fully overwritten; must not overlap an input.
+  int32_t* nonfinite =
+      nullptr;  // [R]: set to 1 where a row's new state holds an infinity or NaN; else left alone.
 };
 
 // Runs every row from its base slot (or zero) to its work slot. A row without tokens copies its state.
-// INVALID_ARGUMENT if a size is not positive or the dtype is not supported on the device; then nothing is written.
-// Thread-safe: touches only what it is given.
+// INVALID_ARGUMENT if a size is not positive or the dtype is not supported on the device; then nothing is
+// written. Thread-safe: touches only what it is given.
 absl::Status DeltaRule(const RaggedRows& rows, const DeltaRuleArgs& args, const OpContext& context);
 
-// The definition, in scalar loops of type T (float or double), for one head: q, k [T,K], v, out [T,V], beta [T],
-// state [K,V] in place. Never optimised; what everything else is measured against.
+// The definition, in scalar loops of type T (float or double), for one head: q, k [T,K], v, out [T,V], beta
+// [T], state [K,V] in place. Never optimised; what everything else is measured against.
 template <typename T>
-void DeltaRuleReference(int64_t tokens, int64_t key_dim, int64_t value_dim, const T* q, const T* k, const T* v,
-                        const T* beta, T scale, T* state, T* out);
+void DeltaRuleReference(int64_t tokens, int64_t key_dim, int64_t value_dim, const T* q, const T* k,
+                        const T* v, const T* beta, T scale, T* state, T* out);
 
 }  // namespace deltanet
 

@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "model/base/status_macros.h"
 #include "model/ops/cpu/dispatch.h"
+#include "model/ops/cuda_kernels.h"
 
 namespace deltanet {
 namespace {
@@ -24,13 +25,15 @@ absl::Status CheckSizes(const char* what, int64_t rows, int64_t width) {
 
 absl::Status GatedUnit(const GatedUnitArgs& args, const OpContext& context) {
   RETURN_IF_ERROR(CheckSizes("gated unit", args.rows, args.width));
-  RETURN_IF_ERROR(CheckOnCpu(context));
+  CUDA_DOOR(GatedUnitCuda(args, context.stream));
+  RETURN_IF_ERROR(CheckOnCpu(context, {args.dtype}));
   const CpuKernels& kernels = ActiveCpuKernels();
   const int64_t f = args.width;
   const bool silu_first = args.kind == GateKind::kSiluFirst;
   context.parallel_for(args.rows, GrainFor(kMinElements, f), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
-      kernels.gated_unit(f, silu_first, args.x + n * 2 * f, args.bias, args.out + n * f);
+      kernels.gated_unit(f, silu_first, static_cast<const float*>(args.x) + n * 2 * f, args.bias,
+                         static_cast<float*>(args.out) + n * f);
     }
   });
   return absl::OkStatus();
@@ -38,7 +41,8 @@ absl::Status GatedUnit(const GatedUnitArgs& args, const OpContext& context) {
 
 absl::Status Embed(const EmbedArgs& args, const OpContext& context) {
   RETURN_IF_ERROR(CheckSizes("embedding", args.rows, args.width));
-  RETURN_IF_ERROR(CheckOnCpu(context));
+  CUDA_DOOR(EmbedCuda(args, context.stream));
+  RETURN_IF_ERROR(CheckOnCpu(context, {}));
   const int64_t d = args.width;
   context.parallel_for(args.rows, GrainFor(kMinElements, d), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {

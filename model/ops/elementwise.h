@@ -16,20 +16,21 @@ enum class GateKind {
 
 struct GatedUnitArgs {
   GateKind kind = GateKind::kSigmoidSecond;
-  int64_t rows = 0;             // N
-  int64_t width = 0;            // f
-  const float* x = nullptr;     // [N, 2f]: first, second.
-  const float* bias = nullptr;  // [2f] Added before the gate; null: none.
-  float* out = nullptr;         // [N, f]; must not overlap x.
+  int64_t rows = 0;               // N
+  int64_t width = 0;              // f
+  DType dtype = DType::kFloat32;  // Of x and out: float32, on CUDA also bfloat16.
+  const void* x = nullptr;        // [N, 2f]: first, second.
+  const float* bias = nullptr;    // [2f] Added before the gate; null: none.
+  void* out = nullptr;            // [N, f]; must not overlap x.
 };
 absl::Status GatedUnit(const GatedUnitArgs& args, const OpContext& context);
 
 struct EmbedArgs {
-  int64_t rows = 0;               // N
-  int64_t width = 0;              // d
-  const int64_t* ids = nullptr;   // [N], each in [0, vocabulary): checked by the caller.
-  const float* table = nullptr;   // [vocabulary, d]
-  float* out = nullptr;           // [N, d]
+  int64_t rows = 0;              // N
+  int64_t width = 0;             // d
+  const int64_t* ids = nullptr;  // [N], each in [0, vocabulary): checked by the caller.
+  const float* table = nullptr;  // [vocabulary, d]
+  float* out = nullptr;          // [N, d]
 };
 absl::Status Embed(const EmbedArgs& args, const OpContext& context);
 

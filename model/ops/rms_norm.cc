@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "model/base/status_macros.h"
 #include "model/ops/cpu/dispatch.h"
+#include "model/ops/cuda_kernels.h"
 
 namespace deltanet {
 namespace {
@@ -20,18 +21,23 @@ absl::Status AddRmsNorm(const AddRmsNormArgs& args, const OpContext& context) {
     return absl::InvalidArgumentError(absl::StrCat("RMSNorm over ", args.rows, " rows of width ", args.width,
                                                    ", want at least 0 rows and a width of at least 1"));
   }
-  if ((args.scale == nullptr) != (args.normed == nullptr)) {
-    return absl::InvalidArgumentError("RMSNorm has one of scale and normed, want both or neither");
+  if (args.scale == nullptr ? (args.sum == nullptr) == (args.normed == nullptr) : args.normed == nullptr) {
+    return absl::InvalidArgumentError("RMSNorm wants normed, or without a scale one of sum and normed");
   }
-  RETURN_IF_ERROR(CheckOnCpu(context));
+  CUDA_DOOR(AddRmsNormCuda(args, context.stream));
+  RETURN_IF_ERROR(CheckOnCpu(context, {args.delta_dtype, args.normed_dtype}));
   const CpuKernels& kernels = ActiveCpuKernels();
   const int64_t d = args.width;
+  const float* const delta = static_cast<const float*>(args.delta);
+  float* const normed = static_cast<float*>(args.normed);
+  float* const sum = args.sum == nullptr && args.scale == nullptr ? normed : args.sum;
   context.parallel_for(args.rows, GrainFor(kMinElements, d), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       const int64_t from = (args.gather != nullptr ? args.gather[n] : n) * d;
-      kernels.add_rms_norm(d, kRmsEpsilon, args.x + from, args.delta != nullptr ? args.delta + from : nullptr,
-                           args.bias, args.sum != nullptr ? args.sum + n * d : nullptr, args.scale,
-                           args.normed != nullptr ? args.normed + n * d : nullptr);
+      float* const sum_to = sum != nullptr ? sum + n * d : nullptr;
+      float* const normed_to = normed != nullptr ? normed + n * d : nullptr;
+      kernels.add_rms_norm(d, kRmsEpsilon, args.x + from, delta != nullptr ? delta + from : nullptr,
+                           args.bias, sum_to, args.scale, args.scale != nullptr ? normed_to : nullptr);
     }
   });
   return absl::OkStatus();

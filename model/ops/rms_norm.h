@@ -13,15 +13,19 @@ namespace deltanet {
 inline constexpr float kRmsEpsilon = 1e-8f;
 
 struct AddRmsNormArgs {
-  int64_t rows = 0;                // N
-  int64_t width = 0;               // d
-  const float* x = nullptr;        // [*, d]
-  const int32_t* gather = nullptr;  // [N] Row of x (and of delta) that output row n takes; null: row n.
-  const float* delta = nullptr;    // [*, d] Added to x; null: nothing.
-  const float* bias = nullptr;     // [d] Added too; null: nothing.
-  float* sum = nullptr;            // [N, d] x + delta + bias; null: not wanted. May be x or delta if gather is null.
-  const float* scale = nullptr;    // [d] Null: no norm is computed and `normed` is null.
-  float* normed = nullptr;         // [N, d] The RMSNorm of the sum. May be x or delta (not `sum`) if gather is null.
+  int64_t rows = 0;                     // N
+  int64_t width = 0;                    // d
+  const float* x = nullptr;             // [*, d]
+  const int32_t* gather = nullptr;      // [N] Row of x (and of delta) that output row n takes; null: row n.
+  DType delta_dtype = DType::kFloat32;  // float32, on CUDA also bfloat16.
+  const void* delta = nullptr;          // [*, d] Added to x; null: nothing.
+  const float* bias = nullptr;          // [d] Added too; null: nothing.
+  float* sum = nullptr;  // [N, d] x + delta + bias; null: not wanted. May be x or delta if gather is null.
+  const float* scale =
+      nullptr;  // [d] Null: no norm; `normed`, wanted instead of `sum`, is the sum rounded to its dtype.
+  DType normed_dtype = DType::kFloat32;  // float32, on CUDA also bfloat16.
+  void* normed = nullptr;  // [N, d] The RMSNorm of the sum; null: not wanted. May be x or delta (not `sum`),
+                           // if that has its dtype and gather is null.
 };
 
 // Bytes a token: 4d for each of x, delta, sum, normed that is there. INVALID_ARGUMENT on sizes or device.

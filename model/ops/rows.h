@@ -1,11 +1,12 @@
-// What every operator of the engine is told about a step: a ragged batch of rows, the state slots beside it, and where
-// and how to run.
+// What every operator of the engine is told about a step: a ragged batch of rows, the state slots beside it,
+// and where and how to run.
 //
-// A row is one span of one sequence. Rows are concatenated, never padded: token n of the step belongs to the row r with
-// offsets[r] <= n < offsets[r+1]. Time is counted in tokens fed to the sequence since its start; token i of row r is fed
-// at time position[r] + i. Layer l of a model whose layers each look `a` tokens ahead works, at time t, on the input of
-// position t - l*a ("lag"); a position is valid if 0 <= position < end[r]. Invalid positions enter a convolution as zero
-// (after the linear layer, so without its bias) and have beta = 0.
+// A row is one span of one sequence. Rows are concatenated, never padded: token n of the step belongs to the
+// row r with offsets[r] <= n < offsets[r+1]. Time is counted in tokens fed to the sequence since its start;
+// token i of row r is fed at time position[r] + i. Layer l of a model whose layers each look `a` tokens ahead
+// works, at time t, on the input of position t - l*a ("lag"); a position is valid if 0 <= position < end[r].
+// Invalid positions enter a convolution as zero (after the linear layer, so without its bias) and have beta =
+// 0.
 #ifndef DELTANET_MODEL_OPS_ROWS_H_
 #define DELTANET_MODEL_OPS_ROWS_H_
 
@@ -21,6 +22,7 @@ struct RaggedRows {
   int64_t rows = 0;                    // R
   int64_t tokens = 0;                  // N == offsets[R]
   const int32_t* offsets = nullptr;    // [R+1], offsets[0] == 0, not decreasing: a row may be empty.
+  const int32_t* token_row = nullptr;  // [N] The row of each token. Read on CUDA only.
   const int32_t* base_slot = nullptr;  // [R] State read; ignored where fresh.
   const int32_t* work_slot = nullptr;  // [R] State written; may equal base_slot; no two rows share one.
   const uint8_t* fresh = nullptr;      // [R] 1: the row starts from zero state and reads no slot.

@@ -53,10 +53,18 @@ void SetCpuKernelsForTesting(const CpuKernels* kernels) {
   kernels_for_testing.store(kernels, std::memory_order_release);
 }
 
-absl::Status CheckOnCpu(const OpContext& context) {
-  if (context.device.type == DeviceType::kCpu) return absl::OkStatus();
-  return absl::FailedPreconditionError(
-      absl::StrCat("device is cuda:", context.device.index, ", but this build has no CUDA support"));
+absl::Status CheckOnCpu(const OpContext& context, std::initializer_list<DType> dtypes) {
+  if (context.device.type != DeviceType::kCpu) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("device is ", DeviceName(context.device), ", but this build has no CUDA support"));
+  }
+  for (const DType dtype : dtypes) {
+    if (dtype != DType::kFloat32) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("dtype on the CPU is ", DTypeName(dtype), ", want float32"));
+    }
+  }
+  return absl::OkStatus();
 }
 
 int64_t RowOfToken(const RaggedRows& rows, int64_t n) {

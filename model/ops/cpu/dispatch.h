@@ -3,6 +3,7 @@
 #define DELTANET_MODEL_OPS_CPU_DISPATCH_H_
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "absl/status/status.h"
 #include "model/ops/cpu/kernels.h"
@@ -20,8 +21,9 @@ const CpuKernels& ActiveCpuKernels();
 // Null: back to the widest.
 void SetCpuKernelsForTesting(const CpuKernels* kernels);
 
-// FAILED_PRECONDITION unless the context's device is the CPU.
-absl::Status CheckOnCpu(const OpContext& context);
+// FAILED_PRECONDITION unless the context's device is the CPU; INVALID_ARGUMENT unless all of `dtypes` are
+// float32.
+absl::Status CheckOnCpu(const OpContext& context, std::initializer_list<DType> dtypes);
 
 // The row that token n of the step belongs to; 0 <= n < rows.tokens.
 int64_t RowOfToken(const RaggedRows& rows, int64_t n);

@@ -50,7 +50,7 @@ struct CpuKernels {
   bool (*delta_rule)(const DeltaRuleSpan& span);
   void (*qkv_activation)(const QkvSpan& span);
   // One row: s = x (+ delta) (+ bias); `sum` = s; `normed` = s / (rms(s) + epsilon) * scale. Null pointers:
-  // not there; `sum` and `normed` may each be x or delta.
+  // not there; `sum` and `normed` may each be x or delta, but not each other.
   void (*add_rms_norm)(int64_t width, float epsilon, const float* x, const float* delta, const float* bias,
                        float* sum, const float* scale, float* normed);
   // One row: x [2 * width], bias likewise or null. silu_first: silu(first) * second; else first *

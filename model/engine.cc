@@ -1,0 +1,607 @@
+// The engine: runs every family's layers over a ragged batch (weights.h has the equations).
+//
+// Bytes a token and layer, float32, d wide, K = V = d/H: the mixer's two products read 3d + d and write 3d +
+// d floats, the operators between them about 12 d; weights (10 d^2) are read once a step, a row's state (2 d
+// d/H) once a row. FLOPs a token and layer: 20 d^2 in products (6 f d more with a feed-forward of width f)
+// and 6 d d/H in the delta rule.
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "model/base/config.h"
+#include "model/base/safetensors.h"
+#include "model/base/status_macros.h"
+#include "model/device.h"
+#include "model/model.h"
+#include "model/ops/conv_qkv.h"
+#include "model/ops/delta_rule.h"
+#include "model/ops/elementwise.h"
+#include "model/ops/gemm.h"
+#include "model/ops/rms_norm.h"
+#include "model/ops/rows.h"
+#include "model/torch_guard.h"
+#include "model/torch_parallel.h"
+#include "model/weights.h"
+
+namespace deltanet {
+namespace {
+
+constexpr int64_t kAlignment = 16;  // Floats of a slot's parts.
+
+int64_t RoundUp(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Where a slot keeps what: for each layer S [H, K, V], then the tail [2, d].
+struct SlotLayout {
+  explicit SlotLayout(const Weights& weights)
+      : tail_offset(RoundUp(weights.heads * weights.key_dim * weights.value_dim, kAlignment)),
+        layer_stride(tail_offset + RoundUp((kConvTaps - 1) * weights.config.d_model, kAlignment)),
+        slot_stride(layer_stride * weights.config.num_layers) {}
+
+  int64_t tail_offset;  // Floats, as the rest.
+  int64_t layer_stride;
+  int64_t slot_stride;
+};
+
+// Lays out buffers one behind the other.
+class Layout {
+ public:
+  int64_t Take(int64_t elements, DType dtype) { return TakeBytes(elements * DTypeBytes(dtype)); }
+  int64_t TakeBytes(int64_t bytes) {
+    const int64_t begin = bytes_;
+    bytes_ += RoundUp(bytes, 64);
+    return begin;
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  int64_t bytes_ = 0;
+};
+
+// Intermediate results of one step, on the device; one after another the steps use the same. Named by
+// content; T is the dtype of the weights' matrices. Sizes are those of the largest step.
+struct Workspace {
+  Workspace(const Weights& weights, const Device& device, int64_t tokens) {
+    const int64_t d = weights.config.d_model;
+    const DType t = weights.dtype;
+    int64_t ff = 0;
+    for (const LayerWeights& layer : weights.layers) ff = std::max(ff, layer.ff_out.rows);
+    Layout layout;
+    const int64_t at[] = {layout.Take(tokens * d, DType::kFloat32),
+                          layout.Take(tokens * kConvTaps * d, t),
+                          layout.Take(tokens * weights.layers[0].composed.stride, t),
+                          layout.Take(tokens * d, DType::kFloat32),
+                          layout.Take(tokens * d, t),
+                          layout.Take(tokens * d, t),
+                          layout.Take(tokens * 2 * ff, t),
+                          layout.Take(tokens * ff, t)};
+    buffer = DeviceBuffer(device, layout.bytes());
+    centre = reinterpret_cast<float*>(buffer.data() + at[0]);
+    taps = buffer.data() + at[1];
+    z = buffer.data() + at[2];
+    mixed = reinterpret_cast<float*>(buffer.data() + at[3]);
+    normed = buffer.data() + at[4];
+    product = buffer.data() + at[5];
+    ff_in = buffer.data() + at[6];
+    ff_gated = buffer.data() + at[7];
+  }
+
+  float* centre;   // [N, d] The residual stream one token earlier, for centred convolutions.
+  void* taps;      // [N, 3, d] T
+  void* z;         // [N, z_stride] T: q, k, v, beta.
+  float* mixed;    // [N, HV] What the delta rule gives.
+  void* normed;    // [N, d] T: a norm's result on its way into a product.
+  void* product;   // [N, d] T: a product's result on its way back into the residual stream.
+  void* ff_in;     // [N, 2f] T
+  void* ff_gated;  // [N, f] T
+  DeviceBuffer buffer;
+};
+
+// One step's own memory: what Prepare fills, on the host and, copied, on the device, and what Wait reads. On
+// the CPU the two sides are the same memory.
+struct Staging {
+  Staging(const Weights& weights, const ModelOptions& options)
+      : copied(options.device), computed(options.device), answered(options.device) {
+    const int64_t tokens = options.max_step_tokens, rows = options.max_step_rows;
+    const ModelConfig& config = weights.config;
+    Layout layout;
+    const int64_t x_at = layout.Take(tokens * config.d_model, DType::kFloat32);
+    const int64_t ids_at = layout.Take(config.takes_tokens() ? tokens : 0, DType::kInt64);
+    const int64_t rows_at = layout.bytes();
+    const int64_t at[] = {
+        layout.TakeBytes((rows + 1) * sizeof(int32_t)), layout.TakeBytes(rows * sizeof(int32_t)),
+        layout.TakeBytes(rows * sizeof(int32_t)),       layout.TakeBytes(rows * sizeof(uint8_t)),
+        layout.TakeBytes(rows * sizeof(int64_t)),       layout.TakeBytes(rows * sizeof(int64_t)),
+        layout.TakeBytes(tokens * sizeof(int32_t)),     layout.TakeBytes(tokens * sizeof(int32_t)),
+        layout.TakeBytes(rows * sizeof(int32_t))};
+    rows_bytes = layout.bytes() - rows_at;
+    output_dtype = weights.head.matrix != nullptr ? weights.dtype : DType::kFloat32;
+    const int64_t output_width = weights.head.matrix != nullptr ? weights.head.columns : config.d_model;
+    const int64_t output_at = layout.Take(tokens * output_width, output_dtype);
+    on_device = DeviceBuffer(options.device, layout.bytes());
+    if (options.device.type != DeviceType::kCpu)
+      on_host = DeviceBuffer::HostFor(options.device, layout.bytes());
+    const auto side = [&](char* base) {
+      Side s;
+      s.x = reinterpret_cast<float*>(base + x_at);
+      s.ids = reinterpret_cast<int64_t*>(base + ids_at);
+      s.rows = base + rows_at;
+      s.offsets = reinterpret_cast<int32_t*>(base + at[0]);
+      s.base_slot = reinterpret_cast<int32_t*>(base + at[1]);
+      s.work_slot = reinterpret_cast<int32_t*>(base + at[2]);
+      s.fresh = reinterpret_cast<uint8_t*>(base + at[3]);
+      s.position = reinterpret_cast<int64_t*>(base + at[4]);
+      s.end = reinterpret_cast<int64_t*>(base + at[5]);
+      s.token_row = reinterpret_cast<int32_t*>(base + at[6]);
+      s.gather = reinterpret_cast<int32_t*>(base + at[7]);
+      s.nonfinite = reinterpret_cast<int32_t*>(base + at[8]);
+      s.output = base + output_at;
+      return s;
+    };
+    device = side(on_device.data());
+    host = options.device.type != DeviceType::kCpu ? side(on_host.data()) : device;
+  }
+
+  struct Side {
+    float* x;            // [N, d] The input, and from then on the residual stream.
+    int64_t* ids;        // [N], for models over tokens.
+    char* rows;          // The start of the following, which are copied as one.
+    int32_t* offsets;    // [R+1]
+    int32_t* base_slot;  // [R]
+    int32_t* work_slot;  // [R]
+    uint8_t* fresh;      // [R]
+    int64_t* position;   // [R]
+    int64_t* end;        // [R]
+    int32_t* token_row;  // [N]
+    int32_t* gather;     // [N'] Tokens whose output is wanted, in order.
+    int32_t* nonfinite;  // [R] Zero before the step.
+    char* output;        // [N', output_width] of output_dtype.
+  };
+  Side host, device;
+  int64_t rows_bytes = 0;
+  DType output_dtype;
+  DeviceBuffer on_host, on_device;
+  DeviceEvent copied, computed, answered;  // Input on the device; output computed; output on the host.
+
+  enum class State { kIdle, kPrepared, kLaunched };
+  State state = State::kIdle;
+  StepTicket ticket = 0;
+  std::vector<StepRow> step_rows;
+  int64_t tokens = 0;   // N
+  int64_t outputs = 0;  // N'
+};
+
+class Engine final : public Model {
+ public:
+  Engine(Weights weights, const ModelOptions& options)
+      : weights_(std::move(weights)),
+        layout_(weights_),
+        threads_(options.cpu_threads),
+        workspace_(weights_, options.device, options.max_step_tokens),
+        copy_in_(options.device),
+        compute_(options.device),
+        copy_out_(options.device) {
+    const ModelConfig& config = weights_.config;
+    description_.family = std::string(FamilyName(config.family));
+    description_.takes_tokens = config.takes_tokens();
+    description_.input_width = config.takes_tokens() ? 1 : config.d_model;
+    description_.output_width = config.takes_tokens() ? config.vocab_size : config.d_model;
+    description_.vocab_size = config.vocab_size;
+    description_.lookahead = config.num_layers * config.lookahead_per_layer();
+    description_.parameters = weights_.parameters;
+    description_.dtype = weights_.dtype;
+    description_.device = options.device;
+    description_.session_bytes = layout_.slot_stride * static_cast<int64_t>(sizeof(float));
+    description_.weight_bytes = weights_.arena.bytes();
+    description_.max_step_tokens = options.max_step_tokens;
+    description_.max_step_rows = options.max_step_rows;
+    description_.max_steps_in_flight = options.device.type == DeviceType::kCpu ? 1 : 2;
+    for (int i = 0; i < description_.max_steps_in_flight; ++i) staging_.emplace_back(weights_, options);
+  }
+
+  // Gives the engine its slots: once, before the first step, when it is known what memory is left.
+  void AllocatePool(int64_t num_slots) {
+    pool_ = DeviceBuffer(description_.device, num_slots * description_.session_bytes);
+    written_by_.assign(num_slots, -1);
+    description_.num_slots = num_slots;
+  }
+
+  const ModelDescription& description() const override { return description_; }
+
+  absl::StatusOr<StepTicket> Prepare(absl::Span<const StepRow> rows) override {
+    Staging& s = staging_[(last_ticket_ + 1) % staging_.size()];
+    if (s.state != Staging::State::kIdle) {
+      return absl::FailedPreconditionError(
+          absl::StrCat(staging_.size(), " steps are under way, want one to be waited for first"));
+    }
+    RETURN_IF_ERROR(Validate(rows));
+    s.step_rows.assign(rows.begin(), rows.end());
+    s.tokens = s.outputs = 0;
+    s.host.offsets[0] = 0;
+    const int64_t d = weights_.config.d_model;
+    for (size_t r = 0; r < rows.size(); ++r) {
+      const StepRow& row = rows[r];
+      const int64_t first = s.tokens;
+      s.tokens += row.tokens;
+      s.host.offsets[r + 1] = static_cast<int32_t>(s.tokens);
+      s.host.base_slot[r] = row.base_slot;
+      s.host.work_slot[r] = row.work_slot;
+      s.host.fresh[r] = row.fresh ? 1 : 0;
+      s.host.position[r] = row.position;
+      s.host.end[r] = row.end;
+      s.host.nonfinite[r] = 0;
+      std::fill_n(s.host.token_row + first, row.tokens, static_cast<int32_t>(r));
+      const int64_t real = RealTokens(row);
+      if (description_.takes_tokens) {
+        std::memcpy(s.host.ids + first, row.input, real * sizeof(int64_t));
+        std::fill_n(s.host.ids + first + real, row.tokens - real, int64_t{0});
+      } else {
+        ConvertElements(row.input, row.input_dtype, s.host.x + first * d, DType::kFloat32, real * d);
+        std::fill_n(s.host.x + (first + real) * d, (row.tokens - real) * d, 0.0f);
+      }
+      const int64_t outputs = OutputTokens(row.position, row.tokens, description_.lookahead);
+      for (int64_t i = row.tokens - outputs; i < row.tokens; ++i) {
+        s.host.gather[s.outputs++] = static_cast<int32_t>(first + i);
+      }
+    }
+    const absl::Status copied = CatchTorch("copying a step's input", [&] {
+      if (description_.takes_tokens) {
+        copy_in_.Copy(s.device.ids, s.host.ids, s.tokens * sizeof(int64_t));
+      } else {
+        copy_in_.Copy(s.device.x, s.host.x, s.tokens * d * sizeof(float));
+      }
+      copy_in_.Copy(s.device.rows, s.host.rows, s.rows_bytes);
+      copy_in_.Record(&s.copied);
+      return absl::OkStatus();
+    });
+    RETURN_IF_ERROR(copied);
+    s.state = Staging::State::kPrepared;
+    s.ticket = ++last_ticket_;
+    return s.ticket;
+  }
+
+  absl::Status Launch(StepTicket ticket) override {
+    Staging& s = staging_[ticket % staging_.size()];
+    if (s.state != Staging::State::kPrepared || s.ticket != ticket) return WrongTicket(ticket);
+    const absl::Status status = CatchTorch("step", [&] { return Run(&s); });
+    s.state = status.ok() ? Staging::State::kLaunched : Staging::State::kIdle;
+    return status;
+  }
+
+  absl::StatusOr<StepResult> Wait(StepTicket ticket) override {
+    Staging& s = staging_[ticket % staging_.size()];
+    if (s.state != Staging::State::kLaunched || s.ticket != ticket) return WrongTicket(ticket);
+    s.state = Staging::State::kIdle;
+    RETURN_IF_ERROR(CatchTorch("waiting for a step", [&] {
+      s.answered.Synchronize();
+      return absl::OkStatus();
+    }));
+    StepResult result;
+    const char* output = s.host.output;
+    for (size_t r = 0; r < s.step_rows.size(); ++r) {
+      const StepRow& row = s.step_rows[r];
+      const int64_t values =
+          OutputTokens(row.position, row.tokens, description_.lookahead) * description_.output_width;
+      if (s.host.nonfinite[r] != 0 || !AllFinite(output, s.output_dtype, values)) {
+        result.rows.push_back(absl::InternalError("the session's state or output became infinite or NaN"));
+      } else {
+        ConvertElements(output, s.output_dtype, row.output, row.output_dtype, values);
+        result.rows.push_back(absl::OkStatus());
+      }
+      output += values * DTypeBytes(s.output_dtype);
+    }
+    return result;
+  }
+
+ private:
+  static int64_t RealTokens(const StepRow& row) {
+    return std::clamp<int64_t>(row.end - row.position, 0, row.tokens);
+  }
+
+  absl::Status WrongTicket(StepTicket ticket) const {
+    return absl::FailedPreconditionError(absl::StrCat("ticket ", ticket, " is not the step under way"));
+  }
+
+  absl::Status Validate(absl::Span<const StepRow> rows) {
+    if (static_cast<int64_t>(rows.size()) > description_.max_step_rows) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("step has ", rows.size(), " rows, at most ", description_.max_step_rows, " fit"));
+    }
+    ++validation_;
+    int64_t tokens = 0;
+    for (const StepRow& row : rows) {
+      if (row.work_slot < 0 || row.work_slot >= description_.num_slots ||
+          (!row.fresh && (row.base_slot < 0 || row.base_slot >= description_.num_slots))) {
+        return absl::InvalidArgumentError(absl::StrCat("row has base slot ", row.base_slot, " and work slot ",
+                                                       row.work_slot, ", want 0 to ",
+                                                       description_.num_slots - 1));
+      }
+      if (row.tokens < 0 || row.position < 0 || row.end < 0) {
+        return absl::InvalidArgumentError(absl::StrCat("row has ", row.tokens, " tokens at position ",
+                                                       row.position, " of a sequence of ", row.end,
+                                                       ", want none below 0"));
+      }
+      const bool wants_ids = description_.takes_tokens;
+      if (RealTokens(row) > 0 && (row.input_dtype == DType::kInt64) != wants_ids) {
+        return absl::InvalidArgumentError(absl::StrCat("row has input of ", DTypeName(row.input_dtype),
+                                                       ", want ",
+                                                       wants_ids ? "int64" : "a floating-point type"));
+      }
+      if (row.output_dtype == DType::kInt64) {
+        return absl::InvalidArgumentError("row wants output of int64, want a floating-point type");
+      }
+      if (written_by_[row.work_slot] == validation_) {
+        return absl::InvalidArgumentError(absl::StrCat("two rows write slot ", row.work_slot));
+      }
+      written_by_[row.work_slot] = validation_;
+      tokens += row.tokens;
+    }
+    for (const StepRow& row : rows) {
+      if (!row.fresh && row.base_slot != row.work_slot && written_by_[row.base_slot] == validation_) {
+        return absl::InvalidArgumentError(
+            absl::StrCat("one row reads slot ", row.base_slot, ", another writes it"));
+      }
+    }
+    if (tokens > description_.max_step_tokens) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("step has ", tokens, " tokens, at most ", description_.max_step_tokens, " fit"));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status Multiply(int64_t m, const void* a, const Linear& linear, void* c, int64_t ldc,
+                        const OpContext& context) {
+    GemmArgs gemm;
+    gemm.dtype = weights_.dtype;
+    gemm.m = m;
+    gemm.n = linear.columns;
+    gemm.k = linear.rows;
+    gemm.a = a;
+    gemm.lda = linear.rows;
+    gemm.b = linear.matrix;
+    gemm.ldb = linear.stride;
+    gemm.c = c;
+    gemm.ldc = ldc;
+    return Gemm(gemm, context);
+  }
+
+  SlotView Slots(int64_t layer, int64_t offset) const {
+    return {pool_.as<float>(), layout_.slot_stride, layer * layout_.layer_stride + offset};
+  }
+
+  // One layer; the residual stream `x` [N, d] in place.
+  absl::Status RunLayer(int64_t index, const RaggedRows& rows, float* x, int32_t* nonfinite,
+                        const OpContext& context) {
+    const LayerWeights& layer = weights_.layers[index];
+    const int64_t d = weights_.config.d_model;
+    const int64_t n = rows.tokens;
+    const int64_t look = weights_.config.lookahead_per_layer();
+    const int64_t qk_width = weights_.heads * weights_.key_dim;
+    const int64_t v_width = weights_.heads * weights_.value_dim;
+    const DType t = weights_.dtype;
+    Workspace& w = workspace_;
+
+    GatherTapsArgs taps;
+    taps.width = d;
+    taps.lag = index * look;
+    taps.x = x;
+    taps.norm_scale = layer.pre_norm;
+    taps.tail = Slots(index, layout_.tail_offset);
+    taps.dtype = t;
+    taps.taps = w.taps;
+    taps.centre = look > 0 ? w.centre : nullptr;
+    RETURN_IF_ERROR(GatherTaps(rows, taps, context));
+    RETURN_IF_ERROR(Multiply(n, w.taps, layer.composed, w.z, layer.composed.stride, context));
+
+    ConvQkvActivationArgs qkv;
+    qkv.heads = weights_.heads;
+    qkv.key_dim = weights_.key_dim;
+    qkv.value_dim = weights_.value_dim;
+    qkv.activation = weights_.activation;
+    qkv.lag = taps.lag;
+    qkv.centre_tap = kConvTaps - 1 - look;
+    qkv.dtype = t;
+    qkv.z = w.z;
+    qkv.z_stride = layer.composed.stride;
+    qkv.bias = layer.composed.bias;
+    qkv.tap_bias = layer.tap_bias;
+    RETURN_IF_ERROR(ConvQkvActivation(rows, qkv, context));
+
+    const auto part = [&](int64_t offset) { return static_cast<const char*>(w.z) + offset * DTypeBytes(t); };
+    DeltaRuleArgs rule;
+    rule.heads = weights_.heads;
+    rule.key_dim = weights_.key_dim;
+    rule.value_dim = weights_.value_dim;
+    rule.dtype = t;
+    rule.q = part(0);
+    rule.k = part(qk_width);
+    rule.v = part(2 * qk_width);
+    rule.beta = part(2 * qk_width + v_width);
+    rule.token_stride = layer.composed.stride;
+    rule.state = Slots(index, 0);
+    rule.out = w.mixed;
+    rule.nonfinite = nonfinite;
+    RETURN_IF_ERROR(DeltaRule(rows, rule, context));
+
+    AddRmsNormArgs norm;
+    norm.rows = n;
+    norm.width = v_width;
+    norm.x = w.mixed;
+    norm.scale = layer.out_norm;
+    norm.normed_dtype = t;
+    norm.normed = w.normed;
+    RETURN_IF_ERROR(AddRmsNorm(norm, context));
+    RETURN_IF_ERROR(Multiply(n, w.normed, layer.out, w.product, d, context));
+
+    // x = post_norm(res + m), and with it the norm that the feed-forward wants.
+    AddRmsNormArgs add;
+    add.rows = n;
+    add.width = d;
+    add.x = look > 0 ? w.centre : x;
+    add.delta_dtype = t;
+    add.delta = w.product;
+    add.bias = layer.out.bias;
+    if (layer.post_norm != nullptr) {
+      add.scale = layer.post_norm;
+      add.normed = x;
+    } else {
+      add.sum = x;
+      if (layer.ff_norm != nullptr) {
+        add.scale = layer.ff_norm;
+        add.normed_dtype = t;
+        add.normed = w.normed;
+      }
+    }
+    RETURN_IF_ERROR(AddRmsNorm(add, context));
+    if (!layer.has_ff) return absl::OkStatus();
+
+    const void* ff_from = w.normed;
+    if (layer.ff_norm == nullptr) {
+      ff_from = x;
+      if (t != DType::kFloat32) {  // A product takes operands of one dtype.
+        AddRmsNormArgs round;
+        round.rows = n;
+        round.width = d;
+        round.x = x;
+        round.normed_dtype = t;
+        round.normed = w.normed;
+        RETURN_IF_ERROR(AddRmsNorm(round, context));
+        ff_from = w.normed;
+      }
+    }
+    const int64_t f = layer.ff_out.rows;
+    RETURN_IF_ERROR(Multiply(n, ff_from, layer.ff_in, w.ff_in, 2 * f, context));
+    GatedUnitArgs gate;
+    gate.kind = layer.gate;
+    gate.rows = n;
+    gate.width = f;
+    gate.dtype = t;
+    gate.x = w.ff_in;
+    gate.bias = layer.ff_in.bias;
+    gate.out = w.ff_gated;
+    RETURN_IF_ERROR(GatedUnit(gate, context));
+    RETURN_IF_ERROR(Multiply(n, w.ff_gated, layer.ff_out, w.product, d, context));
+    AddRmsNormArgs add_ff;
+    add_ff.rows = n;
+    add_ff.width = d;
+    add_ff.x = x;
+    add_ff.delta_dtype = t;
+    add_ff.delta = w.product;
+    add_ff.bias = layer.ff_out.bias;
+    if (layer.post_ff_norm != nullptr) {
+      add_ff.scale = layer.post_ff_norm;
+      add_ff.normed = x;
+    } else {
+      add_ff.sum = x;
+    }
+    return AddRmsNorm(add_ff, context);
+  }
+
+  absl::Status Run(Staging* s) {
+    SetTorchThreads(threads_);
+    const DeviceStream::Current current(compute_);
+    const OpContext context{description_.device, TorchParallelFor, compute_.handle()};
+    RaggedRows rows;
+    rows.rows = static_cast<int64_t>(s->step_rows.size());
+    rows.tokens = s->tokens;
+    rows.offsets = s->device.offsets;
+    rows.token_row = s->device.token_row;
+    rows.base_slot = s->device.base_slot;
+    rows.work_slot = s->device.work_slot;
+    rows.fresh = s->device.fresh;
+    rows.position = s->device.position;
+    rows.end = s->device.end;
+    float* x = s->device.x;
+    const int64_t d = weights_.config.d_model;
+    compute_.Await(s->copied);
+    if (description_.takes_tokens) {
+      EmbedArgs embed;
+      embed.rows = rows.tokens;
+      embed.width = d;
+      embed.ids = s->device.ids;
+      embed.table = weights_.embedding;
+      embed.out = x;
+      RETURN_IF_ERROR(Embed(embed, context));
+    }
+    for (int64_t l = 0; l < weights_.config.num_layers; ++l) {
+      RETURN_IF_ERROR(RunLayer(l, rows, x, s->device.nonfinite, context));
+    }
+
+    // Outputs at positions before the start of a sequence are nobody's: only the rest goes through the head.
+    const bool has_head = weights_.head.matrix != nullptr;
+    AddRmsNormArgs final;
+    final.rows = s->outputs;
+    final.width = d;
+    final.x = x;
+    final.gather = s->device.gather;
+    final.scale = weights_.final_norm;
+    final.normed_dtype = has_head ? weights_.dtype : DType::kFloat32;
+    final.normed = has_head ? workspace_.normed : s->device.output;
+    RETURN_IF_ERROR(AddRmsNorm(final, context));
+    if (has_head) {
+      RETURN_IF_ERROR(Multiply(s->outputs, workspace_.normed, weights_.head, s->device.output,
+                               weights_.head.columns, context));
+    }
+    compute_.Record(&s->computed);
+    copy_out_.Await(s->computed);
+    copy_out_.Copy(s->host.output, s->device.output,
+                   s->outputs * description_.output_width * DTypeBytes(s->output_dtype));
+    copy_out_.Copy(s->host.nonfinite, s->device.nonfinite, rows.rows * sizeof(int32_t));
+    copy_out_.Record(&s->answered);
+    return absl::OkStatus();
+  }
+
+  // Constant after construction (the description from AllocatePool on).
+  const Weights weights_;
+  const SlotLayout layout_;
+  const int threads_;
+  ModelDescription description_;
+
+  // Confined to the batch thread.
+  Workspace workspace_;
+  DeviceBuffer pool_;
+  std::vector<int64_t> written_by_;  // A slot's last validation that saw it written.
+  int64_t validation_ = 0;
+  std::vector<Staging> staging_;  // Ticket n uses number n modulo their count.
+  StepTicket last_ticket_ = 0;
+  DeviceStream copy_in_, compute_, copy_out_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Model>> LoadModel(const std::string& directory, const ModelOptions& options) {
+  if (options.device.type != DeviceType::kCpu) {
+    return absl::FailedPreconditionError(absl::StrCat("device ", DeviceName(options.device),
+                                                      " was asked for, but this build has no CUDA support"));
+  }
+  ASSIGN_OR_RETURN(ModelConfig config, ReadModelConfig(directory));
+  ASSIGN_OR_RETURN(const SafetensorsReader file,
+                   SafetensorsReader::Open(absl::StrCat(directory, "/model.safetensors")));
+  const auto in_file = [&](const absl::Status& status) {
+    return absl::Status(status.code(), absl::StrCat(file.path(), ": ", status.message()));
+  };
+  if (const absl::Status status = ResolveHeads(file.entries(), &config); !status.ok()) return in_file(status);
+  if (const absl::Status status = CheckTensors(file.entries(), ExpectedTensors(config)); !status.ok()) {
+    return in_file(status);
+  }
+  return CatchTorch(absl::StrCat("loading ", directory), [&]() -> absl::StatusOr<std::unique_ptr<Model>> {
+    SetTorchThreads(options.cpu_threads);
+    ASSIGN_OR_RETURN(Weights weights, LoadWeights(config, file, options.device, options.dtype));
+    auto engine = std::make_unique<Engine>(std::move(weights), options);
+    const int64_t slot_bytes = engine->description().session_bytes;
+    const int64_t num_slots = std::min(options.max_slots, options.pool_bytes / slot_bytes);
+    if (num_slots < options.min_slots) {
+      return absl::ResourceExhaustedError(
+          absl::StrCat("state pool of ", options.pool_bytes, " bytes holds ", num_slots, " sessions of ",
+                       slot_bytes, " bytes, want at least ", options.min_slots, ": give it ",
+                       options.min_slots * slot_bytes, " bytes"));
+    }
+    engine->AllocatePool(num_slots);
+    return engine;
+  });
+}
+
+}  // namespace deltanet

@@ -1,0 +1,35 @@
+// The CUDA variants of the operators. The doors (delta_rule.cc, ...) validate and call these, nobody else
+// does. Each queues its kernels on `stream` (a cudaStream_t) and returns INTERNAL if a launch fails.
+#ifndef DELTANET_MODEL_OPS_CUDA_KERNELS_H_
+#define DELTANET_MODEL_OPS_CUDA_KERNELS_H_
+
+#include "absl/status/status.h"
+#include "model/ops/conv_qkv.h"
+#include "model/ops/delta_rule.h"
+#include "model/ops/elementwise.h"
+#include "model/ops/rms_norm.h"
+
+namespace deltanet {
+
+absl::Status DeltaRuleCuda(const RaggedRows& rows, const DeltaRuleArgs& args, void* stream);
+absl::Status GatherTapsCuda(const RaggedRows& rows, const GatherTapsArgs& args, void* stream);
+absl::Status ConvQkvActivationCuda(const RaggedRows& rows, const ConvQkvActivationArgs& args, void* stream);
+absl::Status AddRmsNormCuda(const AddRmsNormArgs& args, void* stream);
+absl::Status GatedUnitCuda(const GatedUnitArgs& args, void* stream);
+absl::Status EmbedCuda(const EmbedArgs& args, void* stream);
+
+}  // namespace deltanet
+
+// In a door: returns `call` if the context's device is a GPU and this build has kernels for it.
+#ifdef DELTANET_CUDA
+#define CUDA_DOOR(call)                                          \
+  do {                                                           \
+    if (context.device.type == DeviceType::kCuda) return (call); \
+  } while (false)
+#else
+#define CUDA_DOOR(call) \
+  do {                  \
+  } while (false)
+#endif
+
+#endif  // DELTANET_MODEL_OPS_CUDA_KERNELS_H_

@@ -1,0 +1,483 @@
+// The engine against the golden files of every family and, over random models, against the float64 reference:
+// in one step, streamed in chunks of any size, and among other sequences in any order.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <fstream>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "model/base/config.h"
+#include "model/base/safetensors.h"
+#include "model/model.h"
+#include "tests/model/reference_model.h"
+#include "tests/testing/random_model.h"
+
+namespace deltanet {
+namespace {
+
+constexpr double kTolerance = 1e-4;  // Of the output's largest magnitude.
+
+ModelOptions TestOptions() {
+  ModelOptions options;
+  options.max_step_tokens = 1500;
+  options.max_step_rows = 40;
+  options.pool_bytes = int64_t{64} << 20;
+  options.max_slots = 64;
+  options.cpu_threads = 2;
+  return options;
+}
+
+std::unique_ptr<Model> Load(const std::string& directory) {
+  auto model = LoadModel(directory, TestOptions());
+  EXPECT_TRUE(model.ok()) << model.status();
+  return model.ok() ? *std::move(model) : nullptr;
+}
+
+// A sequence fed to a model piece by piece, as a session would be: two slots, base and work, that change
+// places.
+class Sequence {
+ public:
+  // `input`: all of it, [T, input_width] float32 or [T] int64.
+  Sequence(const Model& model, const char* input, int64_t tokens, int32_t first_slot)
+      : description_(model.description()),
+        input_(input),
+        tokens_(tokens),
+        base_(first_slot),
+        work_(first_slot + 1) {
+    output_.assign(tokens * description_.output_width, std::numeric_limits<float>::quiet_NaN());
+  }
+
+  // Tokens still to be fed, flush tokens included.
+  int64_t remaining() const { return tokens_ + description_.lookahead - position_; }
+  const std::vector<float>& output() const { return output_; }
+
+  // The row that feeds the next `tokens` tokens.
+  StepRow Next(int64_t tokens) {
+    StepRow row;
+    row.base_slot = base_;
+    row.work_slot = work_;
+    row.fresh = position_ == 0;
+    row.position = position_;
+    row.tokens = tokens;
+    // Its length is known once the last real token is in the row.
+    if (position_ + tokens >= tokens_) row.end = tokens_;
+    const int64_t bytes = description_.takes_tokens ? 8 : 4;
+    row.input = input_ + std::min(position_, tokens_) * description_.input_width * bytes;
+    row.input_dtype = description_.takes_tokens ? DType::kInt64 : DType::kFloat32;
+    row.output =
+        output_.data() + FirstOutputPosition(position_, description_.lookahead) * description_.output_width;
+    return row;
+  }
+  void Commit(int64_t tokens) {
+    position_ += tokens;
+    std::swap(base_, work_);
+  }
+
+ private:
+  const ModelDescription& description_;
+  const char* input_;
+  const int64_t tokens_;
+  int64_t position_ = 0;
+  int32_t base_, work_;
+  std::vector<float> output_;
+};
+
+void Step(Model* model, const std::vector<Sequence*>& sequences, const std::vector<int64_t>& tokens) {
+  std::vector<StepRow> rows;
+  for (size_t i = 0; i < sequences.size(); ++i) rows.push_back(sequences[i]->Next(tokens[i]));
+  auto ticket = model->Prepare(rows);
+  ASSERT_TRUE(ticket.ok()) << ticket.status();
+  ASSERT_TRUE(model->Launch(*ticket).ok());
+  auto result = model->Wait(*ticket);
+  ASSERT_TRUE(result.ok()) << result.status();
+  for (const absl::Status& status : result->rows) ASSERT_TRUE(status.ok()) << status;
+  for (size_t i = 0; i < sequences.size(); ++i) sequences[i]->Commit(tokens[i]);
+}
+
+double LargestError(const float* got, const double* want, int64_t count) {
+  double magnitude = 0, error = 0;
+  for (int64_t i = 0; i < count; ++i) magnitude = std::max(magnitude, std::abs(want[i]));
+  for (int64_t i = 0; i < count; ++i) {
+    if (!(std::abs(got[i] - want[i]) <= error)) error = std::abs(got[i] - want[i]);  // NaN shows.
+  }
+  return error / magnitude;
+}
+
+struct GoldenCase {
+  std::vector<char> input;     // [B, T, d] float32 or [B, T] int64
+  std::vector<double> output;  // [B, T, width]
+  int64_t batch = 0, tokens = 0;
+};
+
+GoldenCase ReadGolden(const std::string& directory) {
+  GoldenCase golden;
+  auto file = SafetensorsReader::Open(directory + "/golden.safetensors");
+  EXPECT_TRUE(file.ok()) << file.status();
+  const SafetensorsEntry& input = **file->Find("input");
+  const SafetensorsEntry& output = **file->Find("output");
+  golden.batch = input.shape[0];
+  golden.tokens = input.shape[1];
+  golden.input.resize(input.bytes);
+  EXPECT_TRUE(file->Read(input, golden.input.data()).ok());
+  std::vector<float> values(NumElements(output.shape));
+  EXPECT_TRUE(file->Read(output, values.data()).ok());
+  golden.output.assign(values.begin(), values.end());
+  return golden;
+}
+
+class GoldenTest : public testing::TestWithParam<std::string> {
+ protected:
+  GoldenTest()
+      : directory_(absl::StrCat(DELTANET_TESTDATA, "/golden/", GetParam())),
+        golden_(ReadGolden(directory_)),
+        model_(Load(directory_)) {
+    const int64_t bytes = golden_.input.size() / golden_.batch;
+    for (int64_t b = 0; b < golden_.batch; ++b) {
+      sequences_.emplace_back(*model_, golden_.input.data() + b * bytes, golden_.tokens, 2 * b);
+    }
+  }
+
+  // Streams every sequence of the case, one after another, in the chunks that `next` gives.
+  template <typename Next>
+  void Stream(Next next) {
+    for (Sequence& sequence : sequences_) {
+      while (sequence.remaining() > 0) {
+        Step(model_.get(), {&sequence}, {std::min<int64_t>(sequence.remaining(), next())});
+      }
+    }
+    ExpectGolden();
+  }
+
+  void ExpectGolden() {
+    const int64_t count = golden_.tokens * model_->description().output_width;
+    for (size_t b = 0; b < sequences_.size(); ++b) {
+      const double error = LargestError(sequences_[b].output().data(), &golden_.output[b * count], count);
+      EXPECT_LE(error, kTolerance) << "sequence " << b;
+      largest_ = std::max(largest_, error);
+    }
+    RecordProperty("largest_error", absl::StrCat(largest_));
+  }
+
+  const std::string directory_;
+  const GoldenCase golden_;
+  const std::unique_ptr<Model> model_;
+  std::vector<Sequence> sequences_;
+  double largest_ = 0;
+};
+
+TEST_P(GoldenTest, OneShot) {
+  std::vector<Sequence*> all;
+  std::vector<int64_t> tokens;
+  for (Sequence& sequence : sequences_) {
+    all.push_back(&sequence);
+    tokens.push_back(sequence.remaining());
+  }
+  Step(model_.get(), all, tokens);
+  ExpectGolden();
+}
+
+TEST_P(GoldenTest, ChunksOf1) {
+  Stream([] { return 1; });
+}
+TEST_P(GoldenTest, ChunksOf7) {
+  Stream([] { return 7; });
+}
+TEST_P(GoldenTest, ChunksOf64) {
+  Stream([] { return 64; });
+}
+TEST_P(GoldenTest, ChunksOfRandomSizes) {
+  std::mt19937 random(7);
+  Stream([&] { return 1 + random() % 50; });
+}
+
+TEST_P(GoldenTest, InterleavedInRandomOrder) {
+  std::mt19937 random(11);
+  std::vector<Sequence*> left;
+  for (Sequence& sequence : sequences_) left.push_back(&sequence);
+  while (!left.empty()) {
+    std::shuffle(left.begin(), left.end(), random);
+    const std::vector<Sequence*> step(left.begin(), left.begin() + 1 + random() % left.size());
+    std::vector<int64_t> tokens;
+    for (Sequence* sequence : step) {
+      tokens.push_back(std::min<int64_t>(sequence->remaining(), random() % 20));  // 0 copies the state.
+    }
+    Step(model_.get(), step, tokens);
+    std::erase_if(left, [](Sequence* sequence) { return sequence->remaining() == 0; });
+  }
+  ExpectGolden();
+}
+
+INSTANTIATE_TEST_SUITE_P(Families, GoldenTest,
+                         testing::Values("transformer_deltanet", "transformer_deltanet_causal",
+                                         "transformer_block", "deltanet_model", "deltanet_model_causal"),
+                         [](const auto& info) { return info.param; });
+
+// Random models of every family and odd sizes, random lengths, cut at random, beside each other.
+TEST(EngineProperty, RandomModelsAgreeWithTheFloat64Reference) {
+  std::mt19937 random(2024);
+  const auto draw = [&](int64_t low, int64_t high) {
+    return low + static_cast<int64_t>(random() % (high - low + 1));
+  };
+  for (int trial = 0; trial < 40; ++trial) {
+    ModelConfig config;
+    config.family = static_cast<Family>(trial % 3);
+    config.conv_padding = draw(0, 1) == 0 ? ConvPadding::kCentered : ConvPadding::kCausal;
+    config.chunk_size = draw(1, 70);
+    config.num_heads = config.family == Family::kDeltaNetModel ? draw(1, 5) : 1;
+    config.d_model = config.num_heads * draw(1, config.num_heads > 1 ? 20 : 70);
+    config.num_layers = config.family == Family::kTransformerBlock ? 1 : draw(1, 4);
+    if (config.family == Family::kTransformerBlock) config.ff_hidden_dim = draw(1, 90);
+    if (config.family == Family::kDeltaNetModel) {
+      config.vocab_size = draw(2, 120);
+      config.mlp_ratio = 0.5 * draw(2, 8);
+      config.ff_hidden_dim = static_cast<int64_t>(config.d_model * config.mlp_ratio);
+    }
+    const DType dtype = static_cast<DType>(draw(0, 2));
+    SCOPED_TRACE(absl::StrCat("trial ", trial, ": ", ModelConfigJson(config), " in ", DTypeName(dtype)));
+    const std::string directory = WriteRandomModel(config, 1000 + trial, dtype);
+    const ReferenceModel reference(directory);
+    const std::unique_ptr<Model> model = Load(directory);
+    ASSERT_NE(model, nullptr);
+
+    struct Case {
+      std::vector<char> input;
+      std::vector<double> want;
+      std::unique_ptr<Sequence> sequence;
+    };
+    std::vector<Case> cases(draw(1, 5));
+    for (size_t i = 0; i < cases.size(); ++i) {
+      const int64_t tokens = draw(1, 140);
+      std::vector<double> input;
+      if (config.takes_tokens()) {
+        std::vector<int64_t> ids(tokens);
+        for (int64_t& id : ids) id = draw(0, config.vocab_size - 1);
+        input.assign(ids.begin(), ids.end());
+        cases[i].input.resize(tokens * 8);
+        std::memcpy(cases[i].input.data(), ids.data(), tokens * 8);
+      } else {
+        std::vector<float> values(tokens * config.d_model);
+        for (float& value : values) value = static_cast<float>(draw(-3000, 3000)) / 1000;
+        input.assign(values.begin(), values.end());
+        cases[i].input.resize(values.size() * 4);
+        std::memcpy(cases[i].input.data(), values.data(), cases[i].input.size());
+      }
+      cases[i].want = reference.Forward(input);
+      cases[i].sequence = std::make_unique<Sequence>(*model, cases[i].input.data(), tokens, 2 * i);
+    }
+    for (bool left = true; left;) {
+      std::vector<Sequence*> step;
+      std::vector<int64_t> tokens;
+      for (Case& c : cases) {
+        if (c.sequence->remaining() == 0 || draw(0, 3) == 0) continue;
+        step.push_back(c.sequence.get());
+        tokens.push_back(std::min(c.sequence->remaining(), draw(0, 2) == 0 ? draw(1, 3) : draw(1, 90)));
+      }
+      Step(model.get(), step, tokens);
+      left =
+          std::any_of(cases.begin(), cases.end(), [](const Case& c) { return c.sequence->remaining() > 0; });
+    }
+    for (const Case& c : cases) {
+      EXPECT_LE(LargestError(c.sequence->output().data(), c.want.data(), c.want.size()), kTolerance);
+    }
+  }
+}
+
+// A later piece of one work goes on in the working slot: base and work are the same.
+TEST(Engine, GoesOnInPlace) {
+  const std::string directory = absl::StrCat(DELTANET_TESTDATA, "/golden/transformer_deltanet");
+  const std::unique_ptr<Model> model = Load(directory);
+  const GoldenCase golden = ReadGolden(directory);
+  Sequence whole(*model, golden.input.data(), golden.tokens, 0);
+  Step(model.get(), {&whole}, {whole.remaining()});
+  Sequence pieces(*model, golden.input.data(), golden.tokens, 4);
+  while (pieces.remaining() > 0) {
+    const int64_t tokens = std::min<int64_t>(pieces.remaining(), 5);
+    StepRow row = pieces.Next(tokens);
+    row.base_slot = row.work_slot = 9;
+    auto ticket = model->Prepare({&row, 1});
+    ASSERT_TRUE(ticket.ok()) << ticket.status();
+    ASSERT_TRUE(model->Launch(*ticket).ok());
+    ASSERT_TRUE(model->Wait(*ticket).ok());
+    pieces.Commit(tokens);
+  }
+  const std::vector<double> want(whole.output().begin(), whole.output().end());
+  EXPECT_LE(LargestError(pieces.output().data(), want.data(), want.size()), 1e-5);
+}
+
+// The base slot is the session's committed state: running from it again gives the same bits again.
+TEST(Engine, ReadsBaseAndLeavesItAlone) {
+  const std::string directory = absl::StrCat(DELTANET_TESTDATA, "/golden/deltanet_model_causal");
+  const std::unique_ptr<Model> model = Load(directory);
+  const GoldenCase golden = ReadGolden(directory);
+  Sequence sequence(*model, golden.input.data(), golden.tokens, 0);
+  Step(model.get(), {&sequence}, {40});
+  std::vector<std::vector<float>> outputs;
+  for (const int32_t work_slot : {7, 8}) {
+    StepRow row = sequence.Next(20);
+    std::vector<float> output(20 * model->description().output_width);
+    row.work_slot = work_slot;
+    row.output = output.data();
+    auto ticket = model->Prepare({&row, 1});
+    ASSERT_TRUE(ticket.ok()) << ticket.status();
+    ASSERT_TRUE(model->Launch(*ticket).ok());
+    ASSERT_TRUE(model->Wait(*ticket).ok());
+    outputs.push_back(output);
+  }
+  EXPECT_EQ(outputs[0], outputs[1]);
+}
+
+// float32 overflows in one row: that row says so, its neighbour is right.
+TEST(Engine, NonFiniteStatePoisonsItsOwnRowOnly) {
+  ModelConfig config;
+  config.family = Family::kTransformerDeltaNet;
+  config.d_model = 8;
+  config.chunk_size = 4;
+  config.conv_padding = ConvPadding::kCausal;
+  const std::string directory = WriteRandomModel(config, 5, DType::kFloat32, /*gain=*/100);
+  const std::unique_ptr<Model> model = Load(directory);
+  const ReferenceModel reference(directory);
+  std::vector<float> good(3 * 8), bad(3 * 8, 3e38f);
+  for (size_t i = 0; i < good.size(); ++i) good[i] = 0.1f * static_cast<float>(i);
+  Sequence good_sequence(*model, reinterpret_cast<const char*>(good.data()), 3, 0);
+  Sequence bad_sequence(*model, reinterpret_cast<const char*>(bad.data()), 3, 2);
+  const std::vector<StepRow> rows = {bad_sequence.Next(3), good_sequence.Next(3)};
+  auto ticket = model->Prepare(rows);
+  ASSERT_TRUE(ticket.ok());
+  ASSERT_TRUE(model->Launch(*ticket).ok());
+  auto result = model->Wait(*ticket);
+  ASSERT_TRUE(result.ok());
+  EXPECT_EQ(result->rows[0].code(), absl::StatusCode::kInternal);
+  EXPECT_TRUE(result->rows[1].ok()) << result->rows[1];
+  const std::vector<double> want = reference.Forward(std::vector<double>(good.begin(), good.end()));
+  EXPECT_LE(LargestError(good_sequence.output().data(), want.data(), want.size()), kTolerance);
+}
+
+// Half-precision input and output are conversions of the same computation.
+TEST(Engine, ConvertsInputAndOutput) {
+  ModelConfig config;
+  config.family = Family::kTransformerDeltaNet;
+  config.d_model = 16;
+  config.chunk_size = 4;
+  const std::unique_ptr<Model> model = Load(WriteRandomModel(config, 6));
+  std::vector<float> input(5 * 16);
+  for (size_t i = 0; i < input.size(); ++i)
+    input[i] = static_cast<float>(static_cast<int>(i % 17) - 8) / 8;  // Exact in all.
+  std::vector<float> want(input.size());
+  for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+    std::vector<char> raw(input.size() * 4), output(input.size() * 4);
+    ConvertElements(input.data(), DType::kFloat32, raw.data(), dtype, input.size());
+    StepRow row;
+    row.work_slot = 0;
+    row.fresh = true;
+    row.end = 5;
+    row.tokens = 6;
+    row.input = raw.data();
+    row.input_dtype = dtype;
+    row.output = output.data();
+    row.output_dtype = dtype;
+    auto ticket = model->Prepare({&row, 1});
+    ASSERT_TRUE(ticket.ok()) << ticket.status();
+    ASSERT_TRUE(model->Launch(*ticket).ok());
+    ASSERT_TRUE(model->Wait(*ticket).ok());
+    if (dtype == DType::kFloat32) {
+      std::memcpy(want.data(), output.data(), want.size() * 4);
+    } else {
+      std::vector<char> rounded(input.size() * 2);
+      ConvertElements(want.data(), DType::kFloat32, rounded.data(), dtype, want.size());
+      EXPECT_EQ(std::memcmp(rounded.data(), output.data(), rounded.size()), 0) << DTypeName(dtype);
+    }
+  }
+}
+
+TEST(Engine, RefusesBadSteps) {
+  ModelConfig config;
+  config.family = Family::kTransformerDeltaNet;
+  config.d_model = 4;
+  config.chunk_size = 4;
+  const std::unique_ptr<Model> model = Load(WriteRandomModel(config, 8));
+  const std::vector<float> input(1501 * 4);
+  std::vector<float> output(1502 * 4);
+  const auto row = [&](int32_t base, int32_t work) {
+    StepRow row;
+    row.base_slot = base;
+    row.work_slot = work;
+    row.tokens = 1;
+    row.input = input.data();
+    row.output = output.data();
+    return row;
+  };
+  const auto refused = [&](std::vector<StepRow> rows, const std::string& part) {
+    const auto ticket = model->Prepare(rows);
+    EXPECT_EQ(ticket.status().code(), absl::StatusCode::kInvalidArgument) << ticket.status();
+    EXPECT_TRUE(absl::StrContains(ticket.status().message(), part)) << ticket.status();
+  };
+  refused({row(0, 64)}, "work slot 64, want 0 to 63");
+  refused({row(0, -1)}, "work slot -1");
+  refused({row(64, 0)}, "base slot 64");
+  refused({row(0, 1), row(2, 1)}, "two rows write slot 1");
+  refused({row(0, 1), row(1, 2)}, "one row reads slot 1, another writes it");
+  refused(std::vector<StepRow>(41, row(0, 1)), "41 rows, at most 40");
+  StepRow negative = row(0, 1);
+  negative.tokens = -1;
+  refused({negative}, "-1 tokens");
+  StepRow large = row(0, 1);
+  large.tokens = 1501;
+  refused({large}, "1501 tokens, at most 1500");
+  StepRow ids = row(0, 1);
+  ids.input_dtype = DType::kInt64;
+  refused({ids}, "input of int64, want a floating-point type");
+  StepRow out = row(0, 1);
+  out.output_dtype = DType::kInt64;
+  refused({out}, "output of int64");
+
+  const auto ticket = model->Prepare({});  // An empty step is a step.
+  ASSERT_TRUE(ticket.ok()) << ticket.status();
+  EXPECT_EQ(model->Prepare({}).status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(model->Wait(*ticket).status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_TRUE(model->Launch(*ticket).ok());
+  EXPECT_EQ(model->Launch(*ticket).code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_TRUE(model->Wait(*ticket).ok());
+}
+
+TEST(LoadModel, SaysWhatIsWrong) {
+  ModelConfig config;
+  config.family = Family::kTransformerBlock;
+  config.d_model = 8;
+  config.chunk_size = 4;
+  config.ff_hidden_dim = 6;
+  const auto message = [](const std::string& directory, ModelOptions options = TestOptions()) {
+    return LoadModel(directory, options).status();
+  };
+  EXPECT_EQ(message("/does/not/exist").code(), absl::StatusCode::kNotFound);
+
+  const std::string directory = WriteRandomModel(config, 9);
+  ModelOptions cuda = TestOptions();
+  cuda.device = {DeviceType::kCuda, 0};
+  EXPECT_EQ(message(directory, cuda).code(), absl::StatusCode::kFailedPrecondition);
+
+  ModelOptions small = TestOptions();
+  small.pool_bytes = 100;
+  EXPECT_EQ(message(directory, small).code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_TRUE(absl::StrContains(message(directory, small).message(), "100 bytes holds 0 sessions"));
+
+  config.ff_hidden_dim = 7;  // The file has 6.
+  std::ofstream(directory + "/config.json") << ModelConfigJson(config);
+  const absl::Status misshapen = message(directory);
+  EXPECT_EQ(misshapen.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_TRUE(absl::StrContains(misshapen.message(), "ffn.0.weight")) << misshapen;
+  EXPECT_TRUE(absl::StrContains(misshapen.message(), "[14,8]")) << misshapen;
+
+  std::ofstream(directory + "/model.safetensors") << "short";
+  EXPECT_EQ(message(directory).code(), absl::StatusCode::kInvalidArgument);
+}
+
+}  // namespace
+}  // namespace deltanet

@@ -1,0 +1,41 @@
+// The README families in float64, written as the author's equations read: linear layers, convolutions, norms,
+// then the delta rule token by token. Nothing is composed, batched or cut; what the engine is measured
+// against.
+#ifndef DELTANET_TESTS_MODEL_REFERENCE_MODEL_H_
+#define DELTANET_TESTS_MODEL_REFERENCE_MODEL_H_
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "model/base/config.h"
+
+namespace deltanet {
+
+class ReferenceModel {
+ public:
+  // Reads DIRECTORY's config.json and model.safetensors; ends the process if they cannot be read.
+  explicit ReferenceModel(const std::string& directory);
+
+  const ModelConfig& config() const { return config_; }
+
+  // One whole sequence: values [T, d] (or ids [T] as doubles for deltanet_model) to [T, output width].
+  std::vector<double> Forward(const std::vector<double>& input) const;
+
+ private:
+  using Matrix = std::vector<double>;  // [T, width], row-major.
+
+  const Matrix& Tensor(const std::string& name) const;
+  Matrix Linear(const Matrix& x, int64_t inputs, const std::string& weight, const std::string& bias) const;
+  Matrix Conv(const Matrix& x, const std::string& name) const;
+  Matrix Norm(const Matrix& x, const std::string& scale) const;
+  Matrix Mixer(const Matrix& x, const std::string& prefix) const;
+
+  ModelConfig config_;
+  std::map<std::string, Matrix> tensors_;
+};
+
+}  // namespace deltanet
+
+#endif  // DELTANET_TESTS_MODEL_REFERENCE_MODEL_H_
