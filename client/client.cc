@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "client/channel.h"
 #include "client/messages.h"
 #include "deltanet/v1/deltanet.grpc.pb.h"
 #include "grpc/health/v1/health.grpc.pb.h"
@@ -102,7 +103,8 @@ class Client::Impl {
   const std::unique_ptr<grpc::health::v1::Health::Stub> health;
 };
 
-absl::StatusOr<Client> Client::Connect(const std::string& target, const ClientOptions& options) {
+absl::StatusOr<std::shared_ptr<grpc::Channel>> MakeChannel(const std::string& target,
+                                                           const ClientOptions& options) {
   if (target.empty()) return absl::InvalidArgumentError("the server's address is empty, want HOST:PORT");
   if (options.max_message_bytes < 1 || options.max_message_bytes > std::numeric_limits<int>::max()) {
     return absl::InvalidArgumentError(absl::StrCat("max_message_bytes is ", options.max_message_bytes,
@@ -117,8 +119,12 @@ absl::StatusOr<Client> Client::Connect(const std::string& target, const ClientOp
   arguments.SetUserAgentPrefix(absl::StrCat("deltanet-client/", ClientVersion()));
   // Otherwise gRPC gives all channels of a process to one server the same connection.
   arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
-  return Client(std::make_unique<Impl>(
-      grpc::CreateCustomChannel(target, grpc::InsecureChannelCredentials(), arguments), options.timeout));
+  return grpc::CreateCustomChannel(target, grpc::InsecureChannelCredentials(), arguments);
+}
+
+absl::StatusOr<Client> Client::Connect(const std::string& target, const ClientOptions& options) {
+  ASSIGN_OR_RETURN(const std::shared_ptr<grpc::Channel> channel, MakeChannel(target, options));
+  return Client(std::make_unique<Impl>(channel, options.timeout));
 }
 
 Client::Client(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
