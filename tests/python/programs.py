@@ -25,8 +25,8 @@ class Server:
         self.log = []
         for line in self.process.stderr:
             self.log.append(line)
-            if match := re.search(r" listening .*\baddress=(\S+)", line):
-                self.address = match.group(1)
+            if match := re.search(r" listening host=(\S+) port=(\d+)", line):
+                self.address = ":".join(match.groups())
                 break
         else:
             raise RuntimeError(f"the server ended with {self.process.wait()} before it listened:\n{''.join(self.log)}")
