@@ -116,6 +116,7 @@ struct DeviceStream::Handle {
   c10::cuda::CUDAStream stream;
 };
 struct DeviceStream::Current::Guard {
+  explicit Guard(c10::cuda::CUDAStream stream) : guard(stream) {}
   c10::cuda::CUDAStreamGuard guard;
 };
 
@@ -151,7 +152,7 @@ void DeviceStream::Synchronize() {
 }
 DeviceStream::Current::Current(const DeviceStream& stream) {
   if (stream.handle_ != nullptr) {
-    guard_ = std::make_unique<Guard>(Guard{c10::cuda::CUDAStreamGuard(stream.handle_->stream)});
+    guard_ = std::make_unique<Guard>(stream.handle_->stream);
   }
 }
 

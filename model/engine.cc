@@ -573,9 +573,12 @@ class Engine final : public Model {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Model>> LoadModel(const std::string& directory, const ModelOptions& options) {
-  if (options.device.type != DeviceType::kCpu) {
-    return absl::FailedPreconditionError(absl::StrCat("device ", DeviceName(options.device),
-                                                      " was asked for, but this build has no CUDA support"));
+  RETURN_IF_ERROR(CheckDevice(options.device));
+  const bool on_cpu = options.device.type == DeviceType::kCpu;
+  if (options.dtype != DType::kFloat32 && (options.dtype != DType::kBFloat16 || on_cpu)) {
+    return absl::InvalidArgumentError(absl::StrCat("dtype ", DTypeName(options.dtype), " was asked for on ",
+                                                   DeviceName(options.device), ", want float32",
+                                                   on_cpu ? "" : " or bfloat16"));
   }
   ASSIGN_OR_RETURN(ModelConfig config, ReadModelConfig(directory));
   ASSIGN_OR_RETURN(const SafetensorsReader file,

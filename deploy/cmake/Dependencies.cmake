@@ -49,3 +49,29 @@ endforeach()
 # libtorch_cpu.so finds its own needs (libgomp, cudart, cupti) by its rpath; the linker need not follow them.
 target_link_options(deltanet_libtorch INTERFACE "LINKER:--unresolved-symbols=ignore-in-shared-libs"
   "LINKER:--allow-shlib-undefined")
+
+if(DELTANET_CUDA)
+  # nvcc and the CUDA libraries come as wheels, without the layout that CMake's own modules look for.
+  find_path(deltanet_cu13 bin/nvcc HINTS ${deltanet_site_packages}/nvidia/cu13 NO_DEFAULT_PATH)
+  if(NOT deltanet_cu13)
+    message(FATAL_ERROR "no nvcc under ${deltanet_cache}: run 'deploy/install.sh cuda' first")
+  endif()
+  set(CMAKE_CUDA_COMPILER ${deltanet_cu13}/bin/nvcc)
+  set(CMAKE_CUDA_FLAGS "-L${deltanet_cu13}/lib")  # The wheel has no lib64, where nvcc looks.
+  set(CMAKE_CUDA_RUNTIME_LIBRARY None)
+  set(CMAKE_CUDA_ARCHITECTURES 80-virtual 90a-real)
+  enable_language(CUDA)
+  foreach(name torch_cuda c10_cuda)
+    add_library(libtorch::${name} SHARED IMPORTED)
+    set_target_properties(libtorch::${name} PROPERTIES IMPORTED_LOCATION ${libtorch}/lib/lib${name}.so)
+  endforeach()
+  add_library(libtorch::cudart SHARED IMPORTED)
+  set_target_properties(libtorch::cudart PROPERTIES IMPORTED_LOCATION ${deltanet_cu13}/lib/libcudart.so.13)
+  # libtorch_cuda.so registers its operators when it is loaded; nothing of ours names a symbol of it.
+  target_link_libraries(deltanet_libtorch INTERFACE
+    "$<LINK_LIBRARY:deltanet_as_needed_off,libtorch::torch_cuda>" libtorch::c10_cuda libtorch::cudart)
+  target_compile_options(deltanet_libtorch INTERFACE "SHELL:-idirafter ${deltanet_cu13}/include")
+  set(CMAKE_LINK_LIBRARY_USING_deltanet_as_needed_off
+    "LINKER:--push-state,--no-as-needed" "<LINK_ITEM>" "LINKER:--pop-state")
+  set(CMAKE_LINK_LIBRARY_USING_deltanet_as_needed_off_SUPPORTED TRUE)
+endif()

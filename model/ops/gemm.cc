@@ -9,9 +9,14 @@
 namespace deltanet {
 namespace {
 
-at::Tensor Matrix(const void* data, int64_t rows, int64_t columns, int64_t stride, at::ScalarType type) {
-  return at::from_blob(const_cast<void*>(data), {rows, columns}, {stride, 1},
-                       at::TensorOptions().dtype(type));
+at::Tensor Matrix(const void* data, int64_t rows, int64_t columns, int64_t stride,
+                  const at::TensorOptions& options) {
+  // The device is told, not asked of the driver.
+  return at::for_blob(const_cast<void*>(data), {rows, columns})
+      .strides({stride, 1})
+      .target_device(options.device())
+      .options(options)
+      .make_tensor();
 }
 
 }  // namespace
@@ -22,19 +27,22 @@ absl::Status Gemm(const GemmArgs& args, const OpContext& context) {
         absl::StrCat("product of [", args.m, ",", args.k, "] (row stride ", args.lda, ") and [", args.k, ",",
                      args.n, "] (row stride ", args.ldb, ") into row stride ", args.ldc, " is not possible"));
   }
-  if (args.dtype != DType::kFloat32 && args.dtype != DType::kFloat64) {
+  const bool on_cpu = context.device.type == DeviceType::kCpu;
+  if (args.dtype != DType::kFloat32 && args.dtype != (on_cpu ? DType::kFloat64 : DType::kBFloat16)) {
     return absl::InvalidArgumentError(absl::StrCat("product in ", DTypeName(args.dtype),
                                                    " is not supported on ", DeviceName(context.device)));
   }
-  if (context.device.type != DeviceType::kCpu) {
-    return absl::FailedPreconditionError("this build has no CUDA support");
-  }
   if (args.m == 0) return absl::OkStatus();
   c10::InferenceMode no_gradients;
-  const at::ScalarType type = args.dtype == DType::kFloat32 ? at::kFloat : at::kDouble;
-  at::Tensor c = Matrix(args.c, args.m, args.n, args.ldc, type);
-  at::mm_out(c, Matrix(args.a, args.m, args.k, args.lda, type),
-             Matrix(args.b, args.k, args.n, args.ldb, type));
+  const at::ScalarType type = args.dtype == DType::kFloat32   ? at::kFloat
+                              : args.dtype == DType::kFloat64 ? at::kDouble
+                                                              : at::kBFloat16;
+  const at::Device device(on_cpu ? at::kCPU : at::kCUDA,
+                          static_cast<at::DeviceIndex>(on_cpu ? -1 : context.device.index));
+  const at::TensorOptions options = at::TensorOptions().dtype(type).device(device);
+  at::Tensor c = Matrix(args.c, args.m, args.n, args.ldc, options);
+  at::mm_out(c, Matrix(args.a, args.m, args.k, args.lda, options),
+             Matrix(args.b, args.k, args.n, args.ldb, options));
   return absl::OkStatus();
 }
 

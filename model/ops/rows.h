@@ -36,7 +36,7 @@ struct SlotView {
   int64_t slot_stride = 0;  // Floats.
   int64_t offset = 0;       // Floats.
 
-  float* at(int32_t slot) const { return pool + static_cast<int64_t>(slot) * slot_stride + offset; }
+  constexpr float* at(int32_t slot) const { return pool + static_cast<int64_t>(slot) * slot_stride + offset; }
 };
 
 // Where an operator runs. On CPU the work is done when it returns; on CUDA it is queued on `stream`.

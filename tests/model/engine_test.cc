@@ -10,12 +10,14 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "model/base/config.h"
 #include "model/base/safetensors.h"
+#include "model/device.h"
 #include "model/model.h"
 #include "tests/model/reference_model.h"
 #include "tests/testing/random_model.h"
@@ -23,10 +25,34 @@
 namespace deltanet {
 namespace {
 
-constexpr double kTolerance = 1e-4;  // Of the output's largest magnitude.
+constexpr double kTolerance = 1e-4;  // float32: of the output's largest magnitude.
 
-ModelOptions TestOptions() {
+// Where and in what the engine computes.
+struct Mode {
+  std::string name;
+  Device device;
+  DType dtype = DType::kFloat32;
+};
+
+std::vector<Mode> Modes() {
+  std::vector<Mode> modes = {{"cpu_float32", {DeviceType::kCpu, 0}, DType::kFloat32}};
+#ifdef DELTANET_CUDA
+  modes.push_back({"cuda_float32", {DeviceType::kCuda, 0}, DType::kFloat32});
+  modes.push_back({"cuda_bfloat16", {DeviceType::kCuda, 0}, DType::kBFloat16});
+#endif
+  return modes;
+}
+
+#define SKIP_WITHOUT_DEVICE(mode)                                           \
+  if (const absl::Status there = CheckDevice((mode).device); !there.ok()) { \
+    GTEST_SKIP() << there.message();                                        \
+  }                                                                         \
+  static_assert(true)
+
+ModelOptions TestOptions(const Mode& mode = Modes().front()) {
   ModelOptions options;
+  options.device = mode.device;
+  options.dtype = mode.dtype;
   options.max_step_tokens = 1500;
   options.max_step_rows = 40;
   options.pool_bytes = int64_t{64} << 20;
@@ -35,8 +61,8 @@ ModelOptions TestOptions() {
   return options;
 }
 
-std::unique_ptr<Model> Load(const std::string& directory) {
-  auto model = LoadModel(directory, TestOptions());
+std::unique_ptr<Model> Load(const std::string& directory, const Mode& mode = Modes().front()) {
+  auto model = LoadModel(directory, TestOptions(mode));
   EXPECT_TRUE(model.ok()) << model.status();
   return model.ok() ? *std::move(model) : nullptr;
 }
@@ -133,12 +159,15 @@ GoldenCase ReadGolden(const std::string& directory) {
   return golden;
 }
 
-class GoldenTest : public testing::TestWithParam<std::string> {
+class GoldenTest : public testing::TestWithParam<std::tuple<std::string, Mode>> {
  protected:
-  GoldenTest()
-      : directory_(absl::StrCat(DELTANET_TESTDATA, "/golden/", GetParam())),
-        golden_(ReadGolden(directory_)),
-        model_(Load(directory_)) {
+  void SetUp() override {
+    const Mode& mode = std::get<1>(GetParam());
+    SKIP_WITHOUT_DEVICE(mode);
+    directory_ = absl::StrCat(DELTANET_TESTDATA, "/golden/", std::get<0>(GetParam()));
+    golden_ = ReadGolden(directory_);
+    model_ = Load(directory_, mode);
+    ASSERT_NE(model_, nullptr);
     const int64_t bytes = golden_.input.size() / golden_.batch;
     for (int64_t b = 0; b < golden_.batch; ++b) {
       sequences_.emplace_back(*model_, golden_.input.data() + b * bytes, golden_.tokens, 2 * b);
@@ -158,19 +187,46 @@ class GoldenTest : public testing::TestWithParam<std::string> {
 
   void ExpectGolden() {
     const int64_t count = golden_.tokens * model_->description().output_width;
+    double largest = 0;
     for (size_t b = 0; b < sequences_.size(); ++b) {
-      const double error = LargestError(sequences_[b].output().data(), &golden_.output[b * count], count);
-      EXPECT_LE(error, kTolerance) << "sequence " << b;
-      largest_ = std::max(largest_, error);
+      largest =
+          std::max(largest, LargestError(sequences_[b].output().data(), &golden_.output[b * count], count));
     }
-    RecordProperty("largest_error", absl::StrCat(largest_));
+    EXPECT_LE(largest, Tolerance());
+    RecordProperty("largest_error", absl::StrCat(largest));
   }
 
-  const std::string directory_;
-  const GoldenCase golden_;
-  const std::unique_ptr<Model> model_;
+  // bfloat16 may be off by twice as much as plain code in bfloat16 is.
+  double Tolerance() const {
+    if (std::get<1>(GetParam()).dtype == DType::kFloat32) return kTolerance;
+    const ReferenceModel plain(directory_, ReferenceModel::Rounding::kBFloat16);
+    const int64_t values = golden_.tokens * model_->description().input_width;
+    const int64_t count = golden_.tokens * model_->description().output_width;
+    double largest = 0;
+    for (int64_t b = 0; b < golden_.batch; ++b) {
+      std::vector<double> input(values);
+      for (int64_t i = 0; i < values; ++i) {
+        if (model_->description().takes_tokens) {
+          int64_t id;
+          std::memcpy(&id, golden_.input.data() + (b * values + i) * 8, 8);
+          input[i] = static_cast<double>(id);
+        } else {
+          float value;
+          std::memcpy(&value, golden_.input.data() + (b * values + i) * 4, 4);
+          input[i] = value;
+        }
+      }
+      const std::vector<double> output = plain.Forward(input);
+      const std::vector<float> rounded(output.begin(), output.end());
+      largest = std::max(largest, LargestError(rounded.data(), &golden_.output[b * count], count));
+    }
+    return 2 * largest;
+  }
+
+  std::string directory_;
+  GoldenCase golden_;
+  std::unique_ptr<Model> model_;
   std::vector<Sequence> sequences_;
-  double largest_ = 0;
 };
 
 TEST_P(GoldenTest, OneShot) {
@@ -216,12 +272,29 @@ TEST_P(GoldenTest, InterleavedInRandomOrder) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Families, GoldenTest,
-                         testing::Values("transformer_deltanet", "transformer_deltanet_causal",
-                                         "transformer_block", "deltanet_model", "deltanet_model_causal"),
-                         [](const auto& info) { return info.param; });
+                         testing::Combine(testing::Values("transformer_deltanet",
+                                                          "transformer_deltanet_causal", "transformer_block",
+                                                          "deltanet_model", "deltanet_model_causal"),
+                                          testing::ValuesIn(Modes())),
+                         [](const auto& info) {
+                           return absl::StrCat(std::get<0>(info.param), "_", std::get<1>(info.param).name);
+                         });
+
+class EngineTest : public testing::TestWithParam<Mode> {
+ protected:
+  void SetUp() override { SKIP_WITHOUT_DEVICE(GetParam()); }
+
+  // Where bfloat16's own error is not the subject.
+  double Loose(double float32_tolerance) const {
+    return GetParam().dtype == DType::kFloat32 ? float32_tolerance : 0.02;
+  }
+};
+INSTANTIATE_TEST_SUITE_P(Modes, EngineTest, testing::ValuesIn(Modes()),
+                         [](const auto& info) { return info.param.name; });
 
 // Random models of every family and odd sizes, random lengths, cut at random, beside each other.
-TEST(EngineProperty, RandomModelsAgreeWithTheFloat64Reference) {
+TEST_P(EngineTest, RandomModelsAgreeWithTheFloat64Reference) {
+  const bool bfloat16 = GetParam().dtype == DType::kBFloat16;
   std::mt19937 random(2024);
   const auto draw = [&](int64_t low, int64_t high) {
     return low + static_cast<int64_t>(random() % (high - low + 1));
@@ -244,8 +317,10 @@ TEST(EngineProperty, RandomModelsAgreeWithTheFloat64Reference) {
     SCOPED_TRACE(absl::StrCat("trial ", trial, ": ", ModelConfigJson(config), " in ", DTypeName(dtype)));
     const std::string directory = WriteRandomModel(config, 1000 + trial, dtype);
     const ReferenceModel reference(directory);
-    const std::unique_ptr<Model> model = Load(directory);
+    const ReferenceModel plain(directory, ReferenceModel::Rounding::kBFloat16);
+    const std::unique_ptr<Model> model = Load(directory, GetParam());
     ASSERT_NE(model, nullptr);
+    double tolerance = bfloat16 ? 0 : kTolerance;
 
     struct Case {
       std::vector<char> input;
@@ -270,6 +345,12 @@ TEST(EngineProperty, RandomModelsAgreeWithTheFloat64Reference) {
         std::memcpy(cases[i].input.data(), values.data(), cases[i].input.size());
       }
       cases[i].want = reference.Forward(input);
+      if (bfloat16) {
+        const std::vector<double> output = plain.Forward(input);
+        const std::vector<float> rounded(output.begin(), output.end());
+        tolerance =
+            std::max(tolerance, 2 * LargestError(rounded.data(), cases[i].want.data(), output.size()));
+      }
       cases[i].sequence = std::make_unique<Sequence>(*model, cases[i].input.data(), tokens, 2 * i);
     }
     for (bool left = true; left;) {
@@ -285,15 +366,15 @@ TEST(EngineProperty, RandomModelsAgreeWithTheFloat64Reference) {
           std::any_of(cases.begin(), cases.end(), [](const Case& c) { return c.sequence->remaining() > 0; });
     }
     for (const Case& c : cases) {
-      EXPECT_LE(LargestError(c.sequence->output().data(), c.want.data(), c.want.size()), kTolerance);
+      EXPECT_LE(LargestError(c.sequence->output().data(), c.want.data(), c.want.size()), tolerance);
     }
   }
 }
 
 // A later piece of one work goes on in the working slot: base and work are the same.
-TEST(Engine, GoesOnInPlace) {
+TEST_P(EngineTest, GoesOnInPlace) {
   const std::string directory = absl::StrCat(DELTANET_TESTDATA, "/golden/transformer_deltanet");
-  const std::unique_ptr<Model> model = Load(directory);
+  const std::unique_ptr<Model> model = Load(directory, GetParam());
   const GoldenCase golden = ReadGolden(directory);
   Sequence whole(*model, golden.input.data(), golden.tokens, 0);
   Step(model.get(), {&whole}, {whole.remaining()});
@@ -309,13 +390,13 @@ TEST(Engine, GoesOnInPlace) {
     pieces.Commit(tokens);
   }
   const std::vector<double> want(whole.output().begin(), whole.output().end());
-  EXPECT_LE(LargestError(pieces.output().data(), want.data(), want.size()), 1e-5);
+  EXPECT_LE(LargestError(pieces.output().data(), want.data(), want.size()), Loose(1e-5));
 }
 
 // The base slot is the session's committed state: running from it again gives the same bits again.
-TEST(Engine, ReadsBaseAndLeavesItAlone) {
+TEST_P(EngineTest, ReadsBaseAndLeavesItAlone) {
   const std::string directory = absl::StrCat(DELTANET_TESTDATA, "/golden/deltanet_model_causal");
-  const std::unique_ptr<Model> model = Load(directory);
+  const std::unique_ptr<Model> model = Load(directory, GetParam());
   const GoldenCase golden = ReadGolden(directory);
   Sequence sequence(*model, golden.input.data(), golden.tokens, 0);
   Step(model.get(), {&sequence}, {40});
@@ -335,14 +416,14 @@ TEST(Engine, ReadsBaseAndLeavesItAlone) {
 }
 
 // float32 overflows in one row: that row says so, its neighbour is right.
-TEST(Engine, NonFiniteStatePoisonsItsOwnRowOnly) {
+TEST_P(EngineTest, NonFiniteStatePoisonsItsOwnRowOnly) {
   ModelConfig config;
   config.family = Family::kTransformerDeltaNet;
   config.d_model = 8;
   config.chunk_size = 4;
   config.conv_padding = ConvPadding::kCausal;
   const std::string directory = WriteRandomModel(config, 5, DType::kFloat32, /*gain=*/100);
-  const std::unique_ptr<Model> model = Load(directory);
+  const std::unique_ptr<Model> model = Load(directory, GetParam());
   const ReferenceModel reference(directory);
   std::vector<float> good(3 * 8), bad(3 * 8, 3e38f);
   for (size_t i = 0; i < good.size(); ++i) good[i] = 0.1f * static_cast<float>(i);
@@ -357,16 +438,16 @@ TEST(Engine, NonFiniteStatePoisonsItsOwnRowOnly) {
   EXPECT_EQ(result->rows[0].code(), absl::StatusCode::kInternal);
   EXPECT_TRUE(result->rows[1].ok()) << result->rows[1];
   const std::vector<double> want = reference.Forward(std::vector<double>(good.begin(), good.end()));
-  EXPECT_LE(LargestError(good_sequence.output().data(), want.data(), want.size()), kTolerance);
+  EXPECT_LE(LargestError(good_sequence.output().data(), want.data(), want.size()), Loose(kTolerance));
 }
 
 // Half-precision input and output are conversions of the same computation.
-TEST(Engine, ConvertsInputAndOutput) {
+TEST_P(EngineTest, ConvertsInputAndOutput) {
   ModelConfig config;
   config.family = Family::kTransformerDeltaNet;
   config.d_model = 16;
   config.chunk_size = 4;
-  const std::unique_ptr<Model> model = Load(WriteRandomModel(config, 6));
+  const std::unique_ptr<Model> model = Load(WriteRandomModel(config, 6), GetParam());
   std::vector<float> input(5 * 16);
   for (size_t i = 0; i < input.size(); ++i)
     input[i] = static_cast<float>(static_cast<int>(i % 17) - 8) / 8;  // Exact in all.
@@ -397,12 +478,12 @@ TEST(Engine, ConvertsInputAndOutput) {
   }
 }
 
-TEST(Engine, RefusesBadSteps) {
+TEST_P(EngineTest, RefusesBadSteps) {
   ModelConfig config;
   config.family = Family::kTransformerDeltaNet;
   config.d_model = 4;
   config.chunk_size = 4;
-  const std::unique_ptr<Model> model = Load(WriteRandomModel(config, 8));
+  const std::unique_ptr<Model> model = Load(WriteRandomModel(config, 8), GetParam());
   const std::vector<float> input(1501 * 4);
   std::vector<float> output(1502 * 4);
   const auto row = [&](int32_t base, int32_t work) {
@@ -438,13 +519,20 @@ TEST(Engine, RefusesBadSteps) {
   out.output_dtype = DType::kInt64;
   refused({out}, "output of int64");
 
-  const auto ticket = model->Prepare({});  // An empty step is a step.
-  ASSERT_TRUE(ticket.ok()) << ticket.status();
+  std::vector<StepTicket> tickets;
+  for (int i = 0; i < model->description().max_steps_in_flight; ++i) {
+    const auto ticket = model->Prepare({});  // An empty step is a step.
+    ASSERT_TRUE(ticket.ok()) << ticket.status();
+    tickets.push_back(*ticket);
+  }
   EXPECT_EQ(model->Prepare({}).status().code(), absl::StatusCode::kFailedPrecondition);
-  EXPECT_EQ(model->Wait(*ticket).status().code(), absl::StatusCode::kFailedPrecondition);
-  EXPECT_TRUE(model->Launch(*ticket).ok());
-  EXPECT_EQ(model->Launch(*ticket).code(), absl::StatusCode::kFailedPrecondition);
-  EXPECT_TRUE(model->Wait(*ticket).ok());
+  EXPECT_EQ(model->Wait(tickets[0]).status().code(), absl::StatusCode::kFailedPrecondition);
+  for (const StepTicket ticket : tickets) {
+    EXPECT_TRUE(model->Launch(ticket).ok());
+    EXPECT_EQ(model->Launch(ticket).code(), absl::StatusCode::kFailedPrecondition);
+  }
+  for (const StepTicket ticket : tickets) EXPECT_TRUE(model->Wait(ticket).ok());
+  EXPECT_EQ(model->Wait(tickets[0]).status().code(), absl::StatusCode::kFailedPrecondition);
 }
 
 TEST(LoadModel, SaysWhatIsWrong) {
@@ -460,8 +548,14 @@ TEST(LoadModel, SaysWhatIsWrong) {
 
   const std::string directory = WriteRandomModel(config, 9);
   ModelOptions cuda = TestOptions();
-  cuda.device = {DeviceType::kCuda, 0};
+  cuda.device = {DeviceType::kCuda, 99};
   EXPECT_EQ(message(directory, cuda).code(), absl::StatusCode::kFailedPrecondition);
+
+  ModelOptions half = TestOptions();
+  half.dtype = DType::kFloat16;
+  EXPECT_EQ(message(directory, half).code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_TRUE(
+      absl::StrContains(message(directory, half).message(), "float16 was asked for on cpu, want float32"));
 
   ModelOptions small = TestOptions();
   small.pool_bytes = 100;

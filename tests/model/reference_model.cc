@@ -15,7 +15,7 @@ double Silu(double x) { return x * Sigmoid(x); }
 
 }  // namespace
 
-ReferenceModel::ReferenceModel(const std::string& directory) {
+ReferenceModel::ReferenceModel(const std::string& directory, Rounding rounding) : rounding_(rounding) {
   auto config = ReadModelConfig(directory);
   DELTANET_CHECK(config.ok(), "config.json");
   config_ = *config;
@@ -27,8 +27,16 @@ ReferenceModel::ReferenceModel(const std::string& directory) {
     DELTANET_CHECK(file->Read(entry, raw.data()).ok(), "tensor");
     Matrix values(NumElements(entry.shape));
     ConvertElements(raw.data(), entry.dtype, values.data(), DType::kFloat64, values.size());
-    tensors_[name] = std::move(values);
+    tensors_[name] = Round(std::move(values));
   }
+}
+
+ReferenceModel::Matrix ReferenceModel::Round(Matrix x) const {
+  if (rounding_ == Rounding::kNone) return x;
+  std::vector<uint16_t> rounded(x.size());
+  ConvertElements(x.data(), DType::kFloat64, rounded.data(), DType::kBFloat16, x.size());
+  ConvertElements(rounded.data(), DType::kBFloat16, x.data(), DType::kFloat64, x.size());
+  return x;
 }
 
 const ReferenceModel::Matrix& ReferenceModel::Tensor(const std::string& name) const {
@@ -50,7 +58,7 @@ ReferenceModel::Matrix ReferenceModel::Linear(const Matrix& x, int64_t inputs, c
       y[t * outputs + o] = sum;
     }
   }
-  return y;
+  return Round(std::move(y));
 }
 
 ReferenceModel::Matrix ReferenceModel::Conv(const Matrix& x, const std::string& name) const {
@@ -71,7 +79,7 @@ ReferenceModel::Matrix ReferenceModel::Conv(const Matrix& x, const std::string& 
       y[t * d + o] = sum;
     }
   }
-  return y;
+  return Round(std::move(y));
 }
 
 ReferenceModel::Matrix ReferenceModel::Norm(const Matrix& x, const std::string& scale) const {
@@ -84,7 +92,7 @@ ReferenceModel::Matrix ReferenceModel::Norm(const Matrix& x, const std::string& 
     const double rms = std::sqrt(squares / width);
     for (int64_t i = 0; i < width; ++i) y[row + i] = x[row + i] / (rms + 1e-8) * s[i];
   }
-  return y;
+  return Round(std::move(y));
 }
 
 ReferenceModel::Matrix ReferenceModel::Mixer(const Matrix& x, const std::string& prefix) const {
@@ -98,6 +106,7 @@ ReferenceModel::Matrix ReferenceModel::Mixer(const Matrix& x, const std::string&
     Matrix y = Conv(Linear(x, d, prefix + name + "_linear.weight", prefix + name + "_linear.bias"),
                     prefix + name + "_conv");
     for (double& value : y) value = silu ? Silu(value) : std::max(value, 0.0);
+    y = Round(std::move(y));
     if (name != "v") {
       for (int64_t row = 0; row < tokens * heads; ++row) {
         double squares = 0;
@@ -105,7 +114,7 @@ ReferenceModel::Matrix ReferenceModel::Mixer(const Matrix& x, const std::string&
         for (int64_t i = 0; i < width; ++i) y[row * width + i] /= std::sqrt(squares) + 1e-6;
       }
     }
-    qkv[name] = std::move(y);
+    qkv[name] = Round(std::move(y));
   }
   const Matrix beta = Linear(x, d, prefix + "beta_linear.weight", prefix + "beta_linear.bias");  // [T, H]
   Matrix mixed(tokens * d);
@@ -118,22 +127,25 @@ ReferenceModel::Matrix ReferenceModel::Mixer(const Matrix& x, const std::string&
     }
     Matrix head_beta(tokens), state(width * width), out(tokens * width);
     for (int64_t t = 0; t < tokens; ++t) head_beta[t] = Sigmoid(beta[t * heads + h]);
+    head_beta = Round(std::move(head_beta));
     DeltaRuleReference<double>(tokens, width, width, head["q"].data(), head["k"].data(), head["v"].data(),
                                head_beta.data(), 1.0, state.data(), out.data());
     for (int64_t t = 0; t < tokens; ++t) {
       for (int64_t i = 0; i < width; ++i) mixed[t * d + h * width + i] = out[t * width + i];
     }
   }
+  mixed = Round(std::move(mixed));
   return Linear(Norm(mixed, prefix + "rms_norm.scale"), d, prefix + "output_linear.weight",
                 prefix + "output_linear.bias");
 }
 
 std::vector<double> ReferenceModel::Forward(const std::vector<double>& input) const {
   const int64_t d = config_.d_model;
-  const auto add = [](Matrix* x, const Matrix& y) {
+  const auto add = [this](Matrix* x, const Matrix& y) {
     for (size_t i = 0; i < x->size(); ++i) (*x)[i] += y[i];
+    *x = Round(std::move(*x));
   };
-  Matrix x = input;
+  Matrix x = config_.takes_tokens() ? input : Round(input);
   switch (config_.family) {
     case Family::kTransformerDeltaNet:
       for (int64_t l = 0; l < config_.num_layers; ++l) add(&x, Mixer(x, absl::StrCat("layers.", l, ".")));
@@ -147,7 +159,7 @@ std::vector<double> ReferenceModel::Forward(const std::vector<double>& input) co
       for (size_t row = 0; row < hidden.size(); row += 2 * f) {
         for (int64_t i = 0; i < f; ++i) gated.push_back(hidden[row + i] * Sigmoid(hidden[row + f + i]));
       }
-      add(&x, Linear(gated, f, "ffn.2.weight", "ffn.2.bias"));
+      add(&x, Linear(Round(gated), f, "ffn.2.weight", "ffn.2.bias"));
       return Norm(x, "norm2.scale");
     }
     case Family::kDeltaNetModel: {
@@ -164,7 +176,7 @@ std::vector<double> ReferenceModel::Forward(const std::vector<double>& input) co
         Matrix first = Linear(y, d, prefix + "mlp.w1.weight", "");
         const Matrix second = Linear(y, d, prefix + "mlp.w2.weight", "");
         for (size_t i = 0; i < first.size(); ++i) first[i] = Silu(first[i]) * second[i];
-        add(&x, Linear(first, config_.ff_hidden_dim, prefix + "mlp.w3.weight", ""));
+        add(&x, Linear(Round(first), config_.ff_hidden_dim, prefix + "mlp.w3.weight", ""));
       }
       return Linear(Norm(x, "norm_f.scale"), d, "head.weight", "");
     }

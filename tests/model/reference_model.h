@@ -15,8 +15,12 @@ namespace deltanet {
 
 class ReferenceModel {
  public:
+  // kBFloat16: weights and the result of every operation are rounded, as plain PyTorch code in bfloat16 does;
+  // how far that is from float64 is the measure for a bfloat16 engine.
+  enum class Rounding { kNone, kBFloat16 };
+
   // Reads DIRECTORY's config.json and model.safetensors; ends the process if they cannot be read.
-  explicit ReferenceModel(const std::string& directory);
+  explicit ReferenceModel(const std::string& directory, Rounding rounding = Rounding::kNone);
 
   const ModelConfig& config() const { return config_; }
 
@@ -26,12 +30,15 @@ class ReferenceModel {
  private:
   using Matrix = std::vector<double>;  // [T, width], row-major.
 
+  // Rounds `x` if the model rounds.
+  Matrix Round(Matrix x) const;
   const Matrix& Tensor(const std::string& name) const;
   Matrix Linear(const Matrix& x, int64_t inputs, const std::string& weight, const std::string& bias) const;
   Matrix Conv(const Matrix& x, const std::string& name) const;
   Matrix Norm(const Matrix& x, const std::string& scale) const;
   Matrix Mixer(const Matrix& x, const std::string& prefix) const;
 
+  const Rounding rounding_;
   ModelConfig config_;
   std::map<std::string, Matrix> tensors_;
 };

@@ -286,6 +286,8 @@ TEST(ConvQkvContractTest, RefuseWhatTheyCannotDo) {
   EXPECT_EQ(GatherTaps(none, {.width = 0}, SerialContext()).code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(GatherTaps(none, {.width = 1, .lag = -1}, SerialContext()).code(),
             absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(GatherTaps(none, {.width = 1, .dtype = DType::kBFloat16}, SerialContext()).code(),
+            absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(GatherTaps(none, {.width = 1}, CudaContext()).code(), absl::StatusCode::kFailedPrecondition);
   EXPECT_TRUE(GatherTaps(none, {.width = 1}, SerialContext()).ok());
 
@@ -304,6 +306,8 @@ TEST(ConvQkvContractTest, RefuseWhatTheyCannotDo) {
   EXPECT_EQ(code([](ConvQkvActivationArgs* args) { args->centre_tap = 3; }),
             absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(code([](ConvQkvActivationArgs* args) { args->z_stride = 7; }),
+            absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(code([](ConvQkvActivationArgs* args) { args->dtype = DType::kBFloat16; }),
             absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(code([](ConvQkvActivationArgs*) {}, CudaContext()), absl::StatusCode::kFailedPrecondition);
 }

@@ -90,9 +90,26 @@ TEST_P(AddRmsNormTest, InPlaceGivesTheSameBits) {
       args.sum = choice == 0 ? a.data() : choice == 1 ? b.data() : nullptr;
       args.normed = choice == 0 ? b.data() : choice == 1 ? a.data() : choice == 2 ? a.data() : b.data();
       ASSERT_TRUE(AddRmsNorm(args, SerialContext()).ok());
-      EXPECT_TRUE(SameBits(args.normed, normed.data(), kRows * d));
+      EXPECT_TRUE(SameBits(choice % 3 == 0 ? b.data() : a.data(), normed.data(), kRows * d));
       EXPECT_TRUE(args.sum == nullptr || SameBits(args.sum, sum.data(), kRows * d));
     }
+  }
+}
+
+TEST_P(AddRmsNormTest, WithoutAScaleOnlyTheSumIsWritten) {
+  for (const int64_t d : kWidths) {
+    const std::vector<float> x = RandomNormal(3 * d, 13), bias = RandomNormal(d, 14);
+    Guarded sum(3 * d), normed(3 * d);
+    AddRmsNormArgs args{.rows = 3, .width = d, .x = x.data(), .bias = bias.data(), .sum = sum.data()};
+    ASSERT_TRUE(AddRmsNorm(args, SerialContext()).ok());
+    args.sum = nullptr;
+    args.normed = normed.data();
+    ASSERT_TRUE(AddRmsNorm(args, SerialContext()).ok());
+    for (int64_t i = 0; i < 3 * d; ++i) {
+      EXPECT_EQ(sum[i], x[i] + bias[i % d]);
+      EXPECT_EQ(normed[i], sum[i]);
+    }
+    EXPECT_TRUE(sum.GuardsIntact() && normed.GuardsIntact());
   }
 }
 
@@ -123,10 +140,15 @@ TEST(AddRmsNormContractTest, RefusesWhatItCannotDo) {
   bad.rows = -1;
   EXPECT_EQ(code(bad), absl::StatusCode::kInvalidArgument);
   bad = good;
-  bad.scale = nullptr;
+  bad.normed = nullptr;  // A scale and nothing to scale.
+  EXPECT_EQ(code(bad), absl::StatusCode::kInvalidArgument);
+  bad.scale = nullptr;  // Nothing to write.
   EXPECT_EQ(code(bad), absl::StatusCode::kInvalidArgument);
   bad = good;
-  bad.normed = nullptr;
+  bad.delta_dtype = DType::kBFloat16;
+  EXPECT_EQ(code(bad), absl::StatusCode::kInvalidArgument);
+  bad = good;
+  bad.normed_dtype = DType::kBFloat16;
   EXPECT_EQ(code(bad), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(code(good, CudaContext()), absl::StatusCode::kFailedPrecondition);
   bad = good;
@@ -235,6 +257,8 @@ TEST(EmbedTest, CopiesRowsOfTheTable) {
 TEST(ElementwiseContractTest, RefuseWhatTheyCannotDo) {
   EXPECT_EQ(GatedUnit({.rows = 1, .width = 0}, SerialContext()).code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(GatedUnit({.rows = -1, .width = 1}, SerialContext()).code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(GatedUnit({.rows = 1, .width = 1, .dtype = DType::kBFloat16}, SerialContext()).code(),
+            absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(GatedUnit({.rows = 1, .width = 1}, CudaContext()).code(), absl::StatusCode::kFailedPrecondition);
   EXPECT_TRUE(GatedUnit({.rows = 0, .width = 1}, SerialContext()).ok());
   EXPECT_EQ(Embed({.rows = 1, .width = 0}, SerialContext()).code(), absl::StatusCode::kInvalidArgument);
