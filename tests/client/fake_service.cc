@@ -40,6 +40,8 @@ FakeService::FakeService() {
 FakeService::~FakeService() {
   Release();
   server_->Shutdown(absl::ToChronoTime(absl::UnixEpoch()));  // What is under way is cancelled.
+  // Shutdown has waited for the handlers, but in a way that ThreadSanitizer cannot see; our own lock it can.
+  MutexLock lock(&mu_);
 }
 
 void FakeService::Release() {
