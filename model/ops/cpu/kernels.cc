@@ -80,9 +80,22 @@ inline void ForVectors(int64_t n, Body body) {
 }
 
 inline float Sum(Vec x) {
-  float sum = 0;
-  for (int lane = 0; lane < kLanes; ++lane) sum += x[lane];
-  return sum;
+  typedef float Quad __attribute__((vector_size(16)));
+  Quad quads[kLanes / 4];
+  __builtin_memcpy(quads, &x, sizeof(x));
+  for (int half = kLanes / 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) quads[i] += quads[i + half];
+  }
+  return (quads[0][0] + quads[0][2]) + (quads[0][1] + quads[0][3]);
+}
+
+inline float Dot(const float* a, const float* b, int64_t n) {
+  Vec sum = {};
+  ForVectors(n, [&](int64_t j, int64_t lanes, auto partial) {
+    constexpr bool kPartial = decltype(partial)::value;
+    sum += LoadLanes<kPartial>(a + j, lanes) * LoadLanes<kPartial>(b + j, lanes);
+  });
+  return Sum(sum);
 }
 
 // exp(x) for x <= 0, to about 1 ulp; 0 where x < -87; NaN stays NaN.
@@ -114,131 +127,251 @@ inline Vec Sigmoid(Vec x) {
   return (x > 0.0f ? Broadcast(1.0f) : e) / (e + 1.0f);
 }
 
-// ---- Delta rule. Equations, tiling and floor: delta_rule.cc.
+// ---- Delta rule. Equations, tiling, floor and measurements: delta_rule.cc.
 
-// The largest number of vectors that a strip of columns is wide.
+// The largest number of vectors that a strip of columns is wide. A strip of up to kScratchFloats is kept in
+// one block of memory while its row is worked through: the rows of a wide state are far apart and share few
+// sets of the L1 cache.
 constexpr int kStripVectors = 2;
-// Partial sums a column: consecutive rows of S go to different ones, so that no addition waits for the one
-// before.
-constexpr int kSums = 2;
+constexpr int64_t kScratchFloats = 8192;
+// Whether tokens are taken in pairs. AVX-512 is slowed down by storing the state at every token, narrower
+// vectors are not. token.
+constexpr bool kInPairs = kLanes == 16;
 
-// A strip of S: kVectors vectors wide (or, with kPartial, the `lanes` first lanes of one), K rows high.
+// Rows of S, `stride` floats apart.
+struct StateRows {
+  float* rows;
+  int64_t stride;
+};
+
+// A strip of S, kVectors vectors wide (or, with kPartial, the `lanes` first lanes of one) and K rows high, on
+// its way through the tokens of a span.
 template <int kVectors, bool kPartial>
-struct Strip {
+class Strip {
   static_assert(!kPartial || kVectors == 1);
 
-  int64_t key_dim;
-  int64_t stride;
-  int64_t lanes;
+ public:
+  // The columns of `span` from `column` on.
+  Strip(const DeltaRuleSpan& span, int64_t column, int64_t lanes)
+      : span_(span), column_(column), lanes_(lanes), work_{span.work + column, span.state_stride} {}
 
-  // One walk over the rows of S, which does up to three things to each while it is in a register:
-  //   kUpdate: S_i += k_i u;   kRead: o += S_i q_i;   kRecall: p += S_i k'_i  (k' is the next token's key).
-  // The last walk of a span (kRead without kRecall) returns zero, or NaN where S is not finite.
-  template <bool kUpdate, bool kRead, bool kRecall>
-  inline __attribute__((always_inline)) Vec Walk(const float* from, float* to, const float* k, const Vec* u,
-                                                 const float* q, Vec* o, const float* next_k, Vec* p) const {
-    Vec o_sums[kSums][kVectors] = {};
-    Vec p_sums[kSums][kVectors] = {};
+  // True if the new state is not finite.
+  bool Run() {
+    alignas(64) float scratch[kScratchFloats];
+    home_ = span_.key_dim * kWidth <= kScratchFloats ? StateRows{scratch, kWidth} : work_;
     Vec check = {};
-    const auto row = [&](int64_t i, int sum) __attribute__((always_inline)) {
-      for (int c = 0; c < kVectors; ++c) {
-        Vec s = LoadLanes<kPartial>(from + i * stride + c * kLanes, lanes);
-        if constexpr (kUpdate) {
-          s += k[i] * u[c];
-          StoreLanes<kPartial>(s, to + i * stride + c * kLanes, lanes);
-        }
-        if constexpr (kRead) o_sums[sum][c] += q[i] * s;
-        if constexpr (kRecall) p_sums[sum][c] += next_k[i] * s;
-        if constexpr (kRead && !kRecall) check += s * 0.0f;
-      }
-    };
-    int64_t i = 0;
-    for (; i + kSums <= key_dim; i += kSums) {
-      for (int sum = 0; sum < kSums; ++sum) row(i + sum, sum);
+    if (span_.base != nullptr) {
+      // Written through only where it is `work`.
+      state_ = {const_cast<float*>(span_.base) + column_, span_.state_stride};
+    } else {
+      Copy({nullptr, 0}, home_);
+      state_ = home_;
     }
-    for (; i < key_dim; ++i) row(i, 0);
-    for (int c = 0; c < kVectors; ++c) {
-      if constexpr (kRead) o[c] = o_sums[0][c] + o_sums[1][c];
-      if constexpr (kRecall) p[c] = p_sums[0][c] + p_sums[1][c];
+    // Tokens outside the sequence (beta is zero) lie at its ends.
+    int64_t begin = 0, end = span_.tokens;
+    while (begin < end && Beta(begin) == 0) ++begin;
+    int64_t paired_end = begin;
+    while (paired_end < end && Beta(paired_end) != 0) ++paired_end;
+    if (kInPairs && paired_end - begin >= 2) {
+      paired_end -= (paired_end - begin) % 2;
+      if (begin > 0) check = RunSingly(0, begin);
+      check = RunInPairs(begin, paired_end);
+      begin = paired_end;
+    } else {
+      begin = 0;
     }
-    return check;
+    if (begin < end) check = RunSingly(begin, end);
+    if (state_.rows != work_.rows || span_.tokens == 0) check = Copy(state_, work_);
+    return Sum(check) != 0;
   }
 
-  // Copies base (or zero) to work; zero, or NaN where it is not finite.
-  Vec Copy(const float* base, float* work) const {
+ private:
+  static constexpr int64_t kWidth = kVectors * kLanes;
+  // Partial sums a column: consecutive rows of S go to different ones, so that no addition waits for the one
+  // before.
+  static constexpr int kSums = 2;
+
+  const float* Q(int64_t t) const { return span_.q + t * span_.token_stride; }
+  const float* K(int64_t t) const { return span_.k + t * span_.token_stride; }
+  float Beta(int64_t t) const { return span_.beta[t * span_.token_stride]; }
+  Vec V(int64_t t, int c) const {
+    return LoadLanes<kPartial>(span_.v + t * span_.token_stride + column_ + c * kLanes, lanes_);
+  }
+  void Out(int64_t t, int c, Vec o) const {
+    StoreLanes<kPartial>(span_.scale * o, span_.out + t * span_.out_stride + column_ + c * kLanes, lanes_);
+  }
+  Vec LoadState(StateRows from, int64_t i, int c) const {
+    return LoadLanes<kPartial>(from.rows + i * from.stride + c * kLanes, lanes_);
+  }
+  void StoreState(Vec s, StateRows to, int64_t i, int c) const {
+    StoreLanes<kPartial>(s, to.rows + i * to.stride + c * kLanes, lanes_);
+  }
+  // Where the state goes with the last token before `end`.
+  StateRows Target(int64_t end) const { return end == span_.tokens ? work_ : home_; }
+
+  // Copies rows (zero, if there are none); zero, or NaN where they are not finite.
+  Vec Copy(StateRows from, StateRows to) const {
     Vec check = {};
-    for (int64_t i = 0; i < key_dim; ++i) {
+    for (int64_t i = 0; i < span_.key_dim; ++i) {
       for (int c = 0; c < kVectors; ++c) {
-        const int64_t at = i * stride + c * kLanes;
-        const Vec s = base != nullptr ? LoadLanes<kPartial>(base + at, lanes) : Vec{};
-        StoreLanes<kPartial>(s, work + at, lanes);
+        const Vec s = from.rows != nullptr ? LoadState(from, i, c) : Vec{};
+        StoreState(s, to, i, c);
         check += s * 0.0f;
       }
     }
     return check;
   }
 
-  // The columns of `span` from `column` on.
-  bool Run(const DeltaRuleSpan& span, int64_t column) const {
-    const float* state = span.base != nullptr ? span.base + column : nullptr;
-    float* const work = span.work + column;
-    Vec check = {};
-    if (state == nullptr || span.tokens == 0) {
-      check = Copy(state, work);
-      state = work;
-    }
-    Vec p[kVectors], u[kVectors], o[kVectors];
-    if (span.base == nullptr) {
-      for (Vec& recalled : p) recalled = Vec{};
-    } else if (span.tokens > 0) {
-      Walk<false, false, true>(state, work, nullptr, nullptr, nullptr, nullptr, span.k, p);
-    }
-    for (int64_t t = 0; t < span.tokens; ++t) {
-      const float* q = span.q + t * span.token_stride;
-      const float* k = span.k + t * span.token_stride;
-      const float* v = span.v + t * span.token_stride + column;
-      const float beta = span.beta[t * span.token_stride];
+  // One walk over the rows of S, from state_ to `to`, which does up to three things to each while it is in a
+  // register:
+  //   kUpdate: S_i += k_i u;   kRead: o += S_i q_i;   kRecall: p += S_i k'_i  (k' is the next token's key).
+  // Without kRecall returns zero, or NaN where S is not finite.
+  template <bool kUpdate, bool kRead, bool kRecall>
+  inline __attribute__((always_inline)) Vec Walk(StateRows to, const float* k, const Vec* u, const float* q,
+                                                 Vec* o, const float* next_k, Vec* p) {
+    const StateRows from = state_;
+    Vec o_sums[kSums][kVectors] = {}, p_sums[kSums][kVectors] = {}, check = {};
+    const auto row = [&](int64_t i, int sum) __attribute__((always_inline)) {
+      // Read before anything is stored: for all the compiler knows, the stores could change them.
+      Vec k_i, q_i, next_k_i;
+      if constexpr (kUpdate) k_i = Broadcast(k[i]);
+      if constexpr (kRead) q_i = Broadcast(q[i]);
+      if constexpr (kRecall) next_k_i = Broadcast(next_k[i]);
       for (int c = 0; c < kVectors; ++c) {
-        u[c] = beta * (LoadLanes<kPartial>(v + c * kLanes, lanes) - p[c]);
+        Vec s = LoadState(from, i, c);
+        if constexpr (kUpdate) {
+          s += k_i * u[c];
+          StoreState(s, to, i, c);
+        }
+        if constexpr (kRead) o_sums[sum][c] += q_i * s;
+        if constexpr (kRecall) p_sums[sum][c] += next_k_i * s;
+        if constexpr (!kRecall) check += s * 0.0f;
       }
-      const bool last = t + 1 == span.tokens;
-      const float* next_k = k + span.token_stride;
-      if (beta != 0) {
-        if (last) {
-          check = Walk<true, true, false>(state, work, k, u, q, o, nullptr, nullptr);
-        } else {
-          Walk<true, true, true>(state, work, k, u, q, o, next_k, p);
-        }
-        state = work;
-      } else {  // Nothing is written, so that not even the sign of a zero changes.
-        if (last && state != work) {
-          Copy(state, work);
-          state = work;
-        }
-        if (last) {
-          check = Walk<false, true, false>(state, work, k, u, q, o, nullptr, nullptr);
-        } else {
-          Walk<false, true, true>(state, work, k, u, q, o, next_k, p);
-        }
-      }
-      float* out = span.out + t * span.out_stride + column;
-      for (int c = 0; c < kVectors; ++c) StoreLanes<kPartial>(span.scale * o[c], out + c * kLanes, lanes);
+    };
+    int64_t i = 0;
+    for (; i + kSums <= span_.key_dim; i += kSums) {
+      for (int sum = 0; sum < kSums; ++sum) row(i + sum, sum);
     }
-    return Sum(check) != 0;
+    if (i < span_.key_dim) row(i, 0);
+    for (int c = 0; c < kVectors; ++c) {
+      if constexpr (kRead) o[c] = o_sums[0][c] + o_sums[1][c];
+      if constexpr (kRecall) p[c] = p_sums[0][c] + p_sums[1][c];
+    }
+    if constexpr (kUpdate) state_ = to;
+    return check;
   }
+
+  // Tokens begin ... end-1, at least one, by a walk each (and one before). Leaves where beta is zero every
+  // bit of S as it was. Returns the last walk's check.
+  Vec RunSingly(int64_t begin, int64_t end) {
+    Vec p[kVectors], u[kVectors], o[kVectors], check = {};
+    Walk<false, false, true>(state_, nullptr, nullptr, nullptr, nullptr, K(begin), p);
+    for (int64_t t = begin; t < end; ++t) {
+      const float beta = Beta(t);
+      for (int c = 0; c < kVectors; ++c) u[c] = beta * (V(t, c) - p[c]);
+      if (t + 1 < end) {
+        if (beta != 0) {
+          Walk<true, true, true>(home_, K(t), u, Q(t), o, K(t + 1), p);
+        } else {
+          Walk<false, true, true>(state_, nullptr, nullptr, Q(t), o, K(t + 1), p);
+        }
+      } else if (beta != 0) {
+        check = Walk<true, true, false>(Target(end), K(t), u, Q(t), o, nullptr, nullptr);
+      } else {
+        check = Walk<false, true, false>(state_, nullptr, nullptr, Q(t), o, nullptr, nullptr);
+      }
+      for (int c = 0; c < kVectors; ++c) Out(t, c, o[c]);
+    }
+    return check;
+  }
+
+  // A walk for a pair of tokens:  kUpdate: S_i += k0_i u0 + k1_i u1;   kRecall: p += S_i k'_i and r += S_i
+  // q'_i for the two tokens from `next` on. Without kRecall returns zero, or NaN where S is not finite.
+  template <bool kUpdate, bool kRecall>
+  inline __attribute__((always_inline)) Vec PairWalk(StateRows to, int64_t pair, const Vec (*u)[kVectors],
+                                                     int64_t next, Vec (*p)[kVectors], Vec (*r)[kVectors]) {
+    const StateRows from = state_;
+    const float* const k0 = K(pair);
+    const float* const k1 = K(pair + 1);
+    const float* const next_k0 = K(next);
+    const float* const next_k1 = K(next + 1);
+    const float* const next_q0 = Q(next);
+    const float* const next_q1 = Q(next + 1);
+    Vec p0[kVectors] = {}, p1[kVectors] = {}, r0[kVectors] = {}, r1[kVectors] = {}, check = {};
+    for (int64_t i = 0; i < span_.key_dim; ++i) {
+      Vec s[kVectors];
+      for (int c = 0; c < kVectors; ++c) {
+        s[c] = LoadState(from, i, c);
+        if constexpr (kUpdate) s[c] += k0[i] * u[0][c];
+        if constexpr (kUpdate) s[c] += k1[i] * u[1][c];
+        if constexpr (kRecall) {
+          p0[c] += next_k0[i] * s[c];
+          p1[c] += next_k1[i] * s[c];
+          r0[c] += next_q0[i] * s[c];
+          r1[c] += next_q1[i] * s[c];
+        } else {
+          check += s[c] * 0.0f;
+        }
+      }
+      for (int c = 0; kUpdate && c < kVectors; ++c) StoreState(s[c], to, i, c);
+    }
+    for (int c = 0; kRecall && c < kVectors; ++c) {
+      p[0][c] = p0[c];
+      p[1][c] = p1[c];
+      r[0][c] = r0[c];
+      r[1][c] = r1[c];
+    }
+    if constexpr (kUpdate) state_ = to;
+    return check;
+  }
+
+  // Tokens begin ... end-1, an even number of them, at least two, by a walk for every two (and one before):
+  // the chunkwise form with chunks of two. Returns the last walk's check.
+  Vec RunInPairs(int64_t begin, int64_t end) {
+    Vec p[2][kVectors], r[2][kVectors], u[2][kVectors] = {};
+    PairWalk<false, true>(state_, begin, nullptr, begin, p, r);
+    for (int64_t t = begin; t < end; t += 2) {
+      const float beta0 = Beta(t), beta1 = Beta(t + 1);
+      const float k0_k1 = Dot(K(t), K(t + 1), span_.key_dim);
+      const float k0_q0 = Dot(K(t), Q(t), span_.key_dim);
+      const float k0_q1 = Dot(K(t), Q(t + 1), span_.key_dim);
+      const float k1_q1 = Dot(K(t + 1), Q(t + 1), span_.key_dim);
+      for (int c = 0; c < kVectors; ++c) {
+        u[0][c] = beta0 * (V(t, c) - p[0][c]);
+        u[1][c] = beta1 * (V(t + 1, c) - (p[1][c] + k0_k1 * u[0][c]));
+        Out(t, c, r[0][c] + k0_q0 * u[0][c]);
+        Out(t + 1, c, (r[1][c] + k0_q1 * u[0][c]) + k1_q1 * u[1][c]);
+      }
+      if (t + 2 < end) PairWalk<true, true>(home_, t, u, t + 2, p, r);
+    }
+    return PairWalk<true, false>(Target(end), end - 2, u, end - 2, nullptr, nullptr);
+  }
+
+  const DeltaRuleSpan& span_;
+  const int64_t column_;
+  const int64_t lanes_;
+  const StateRows work_;
+  StateRows home_;   // Where the state is between the first token and the last.
+  StateRows state_;  // Where it is now.
 };
+
+// Runs strips of kVectors vectors, as long as they fit, from *column on.
+template <int kVectors>
+bool RunStrips(const DeltaRuleSpan& span, int64_t* column) {
+  bool nonfinite = false;
+  for (; *column + kVectors * kLanes <= span.columns; *column += kVectors * kLanes) {
+    nonfinite |= Strip<kVectors, false>(span, *column, kLanes).Run();
+  }
+  return nonfinite;
+}
 
 bool DeltaRule(const DeltaRuleSpan& span) {
   bool nonfinite = false;
   int64_t column = 0;
-  for (; column + kStripVectors * kLanes <= span.columns; column += kStripVectors * kLanes) {
-    nonfinite |= Strip<kStripVectors, false>{span.key_dim, span.state_stride, kLanes}.Run(span, column);
-  }
-  for (; column + kLanes <= span.columns; column += kLanes) {
-    nonfinite |= Strip<1, false>{span.key_dim, span.state_stride, kLanes}.Run(span, column);
-  }
+  nonfinite |= RunStrips<kStripVectors>(span, &column);
+  nonfinite |= RunStrips<1>(span, &column);
   if (column < span.columns) {
-    nonfinite |= Strip<1, true>{span.key_dim, span.state_stride, span.columns - column}.Run(span, column);
+    nonfinite |= Strip<1, true>(span, column, span.columns - column).Run();
   }
   return nonfinite;
 }
