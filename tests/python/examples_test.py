@@ -32,6 +32,15 @@ class ExamplesTest(unittest.TestCase):
             shown = re.sub(r'\A(""".*?"""|(//[^\n]*\n)+)\s*', "", (examples / name).read_text(), flags=re.DOTALL)
             self.assertIn(shown, readme, name)
 
+    def test_the_readme_names_every_flag_and_command(self):
+        readme = (source / "README.md").read_text()
+        for program, pattern in ((server_program, r"^  (--[a-z-]+)"), (client_program, r"^  ([a-z-]+) ")):
+            help_text = subprocess.run([program, "--help"], check=True, text=True, stdout=subprocess.PIPE).stdout
+            names = re.findall(pattern, help_text, re.MULTILINE)
+            self.assertGreater(len(names), 5)
+            for name in names:
+                self.assertRegex(readme, rf"`{name}\b")
+
 
 if __name__ == "__main__":
     stream_example, client_program, server_program, source = (sys.argv.pop() for _ in range(4))
