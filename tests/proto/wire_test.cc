@@ -93,6 +93,8 @@ TEST(WireStatusTest, UnknownCodesBecomeUnknown) {
   for (const int code : {-1, 17, 1000}) {
     rpc.set_code(code);
     EXPECT_EQ(FromRpcStatus(rpc), absl::UnknownError("from the future"));
+  }
+  for (const int code : {-1, 17}) {  // 1000 is beyond what gRPC's enum can hold.
     EXPECT_EQ(FromGrpcStatus(grpc::Status(static_cast<grpc::StatusCode>(code), "from the future")),
               absl::UnknownError("from the future"));
   }
