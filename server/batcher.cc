@@ -429,7 +429,6 @@ class Batcher::Impl {
       return LaneError(lane, absl::StatusCode::kDeadlineExceeded, reason::kDeadline,
                        absl::StrCat("the deadline passed after ", head.fed, " of ", head.total, " tokens"));
     }
-    if (head.started) return absl::OkStatus();
     if (work.expected_position.has_value()) {
       if (*work.expected_position == lane.position) return absl::OkStatus();
       return LaneError(lane, absl::StatusCode::kFailedPrecondition, reason::kPositionMismatch,

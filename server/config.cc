@@ -80,7 +80,8 @@ Parser Address(HostPort ServerConfig::*field) {
 
 absl::Status ParseModels(absl::string_view value, ServerConfig* config) {
   for (const absl::string_view item : absl::StrSplit(value, ',')) {
-    const std::pair<absl::string_view, absl::string_view> parts = absl::StrSplit(item, absl::MaxSplits('=', 1));
+    const std::pair<absl::string_view, absl::string_view> parts =
+        absl::StrSplit(item, absl::MaxSplits('=', 1));
     const auto& [name, directory] = parts;
     bool plain = !name.empty() && name.size() <= 128;
     for (const char c : name) plain = plain && (absl::ascii_isalnum(c) || absl::StrContains("._-", c));
@@ -104,7 +105,8 @@ absl::Status ParseDevice(absl::string_view value, ServerConfig* config) {
 absl::Status ParseStateMemory(absl::string_view value, ServerConfig* config) {
   double percent = 0;
   absl::string_view number = value;
-  if (absl::ConsumeSuffix(&number, "%") && absl::SimpleAtod(number, &percent) && percent > 0 && percent <= 100) {
+  if (absl::ConsumeSuffix(&number, "%") && absl::SimpleAtod(number, &percent) && percent > 0 &&
+      percent <= 100) {
     config->state_memory_percent = percent;
     config->state_memory_bytes = 0;
     return absl::OkStatus();
@@ -118,7 +120,8 @@ absl::Status ParseStateMemory(absl::string_view value, ServerConfig* config) {
 absl::Status ParseMaxMessageBytes(absl::string_view value, ServerConfig* config) {
   const int64_t bytes = ParseBytes(value);
   // gRPC counts in int.
-  if (bytes < 64 * 1024 || bytes > INT32_MAX) return Wanted("bytes (with KiB, MiB or GiB if you like) from 64KiB to 2147483647");
+  if (bytes < 64 * 1024 || bytes > INT32_MAX)
+    return Wanted("bytes (with KiB, MiB or GiB if you like) from 64KiB to 2147483647");
   config->max_message_bytes = bytes;
   return absl::OkStatus();
 }
@@ -148,20 +151,24 @@ const std::vector<Flag>& Flags() {
        "memory for session states, shared equally among models: bytes (KiB, MiB, GiB), or percent of the\n"
        "memory limit (of the cgroup, or what is available if that is less)",
        ParseStateMemory},
-      {"max-step-tokens", "N", "2048", "tokens of one step of the batch", Integer(&C::max_step_tokens, 64, 1 << 20)},
-      {"max-step-rows", "N", "256", "sequences of one step of the batch", Integer(&C::max_step_rows, 1, 1 << 16)},
+      {"max-step-tokens", "N", "2048", "tokens of one step of the batch",
+       Integer(&C::max_step_tokens, 64, 1 << 20)},
+      {"max-step-rows", "N", "256", "sequences of one step of the batch",
+       Integer(&C::max_step_rows, 1, 1 << 16)},
       {"max-queued-requests", "N", "4096", "sequences that may wait; more are refused with UNAVAILABLE",
        Integer(&C::max_queued_requests, 1, 1 << 24)},
       {"max-queued-tokens", "N", "1048576", "tokens that may wait, and the most that one request may have",
        Integer(&C::max_queued_tokens, 1, int64_t{1} << 40)},
-      {"session-ttl", "DURATION", "10m", "a named session ends after this long without a message, unless it says otherwise",
+      {"session-ttl", "DURATION", "10m",
+       "a named session ends after this long without a message, unless it says otherwise",
        Duration(&C::session_ttl, absl::Milliseconds(1), absl::Hours(24 * 365))},
       {"max-session-ttl", "DURATION", "24h", "the most that a session may ask for",
        Duration(&C::max_session_ttl, absl::Milliseconds(1), absl::Hours(24 * 365))},
       {"max-message-bytes", "BYTES", "64MiB", "largest request and largest response", ParseMaxMessageBytes},
       {"drain-timeout", "DURATION", "30s", "after SIGTERM, running work has this long to finish",
        Duration(&C::drain_timeout, absl::ZeroDuration(), absl::Hours(24))},
-      {"threads", "N", "0", "threads that compute on the CPU; 0: as many as affinity and cgroup allow", ParseThreads},
+      {"threads", "N", "0", "threads that compute on the CPU; 0: as many as affinity and cgroup allow",
+       ParseThreads},
       {"help", "", "", "print this and exit",
        [](absl::string_view, ServerConfig* config) {
          config->help = true;
@@ -181,7 +188,8 @@ std::string VariableName(const Flag& flag) {
 }
 
 // Parses, and turns "what is wanted" into a whole sentence.
-absl::Status Apply(const Flag& flag, absl::string_view source, absl::string_view value, ServerConfig* config) {
+absl::Status Apply(const Flag& flag, absl::string_view source, absl::string_view value,
+                   ServerConfig* config) {
   const absl::Status status = flag.parse(value, config);
   if (status.ok()) return status;
   return absl::InvalidArgumentError(absl::StrCat(source, " is \"", value, "\", want ", status.message()));
@@ -196,7 +204,8 @@ absl::StatusOr<ServerConfig> ParseServerConfig(absl::Span<const std::string> arg
   for (size_t i = 0; i < arguments.size(); ++i) {
     absl::string_view name = arguments[i];
     if (!absl::ConsumePrefix(&name, "--")) {
-      return absl::InvalidArgumentError(absl::StrCat("argument \"", arguments[i], "\" is no flag, want --NAME; see --help"));
+      return absl::InvalidArgumentError(
+          absl::StrCat("argument \"", arguments[i], "\" is no flag, want --NAME; see --help"));
     }
     const size_t equals = name.find('=');
     const bool has_value = equals != absl::string_view::npos;
@@ -206,7 +215,8 @@ absl::StatusOr<ServerConfig> ParseServerConfig(absl::Span<const std::string> arg
     for (const Flag& candidate : Flags()) {
       if (name == candidate.name) flag = &candidate;
     }
-    if (flag == nullptr) return absl::InvalidArgumentError(absl::StrCat("unknown flag --", name, "; see --help"));
+    if (flag == nullptr)
+      return absl::InvalidArgumentError(absl::StrCat("unknown flag --", name, "; see --help"));
     const bool is_switch = flag->value[0] == '\0';
     if (is_switch && has_value) {
       return absl::InvalidArgumentError(absl::StrCat("--", name, " is \"", value, "\", want no value"));
@@ -233,9 +243,9 @@ absl::StatusOr<ServerConfig> ParseServerConfig(absl::Span<const std::string> arg
     return absl::InvalidArgumentError("--model is not given, want NAME=DIR at least once");
   }
   if (config.session_ttl > config.max_session_ttl) {
-    return absl::InvalidArgumentError(absl::StrCat("--session-ttl is ", absl::FormatDuration(config.session_ttl),
-                                                   ", want at most --max-session-ttl, ",
-                                                   absl::FormatDuration(config.max_session_ttl)));
+    return absl::InvalidArgumentError(
+        absl::StrCat("--session-ttl is ", absl::FormatDuration(config.session_ttl),
+                     ", want at most --max-session-ttl, ", absl::FormatDuration(config.max_session_ttl)));
   }
   return config;
 }
@@ -249,9 +259,10 @@ std::string ServerHelp() {
                     absl::StrReplaceAll(flag.help, {{"\n", "\n      "}}),
                     *flag.fallback ? absl::StrCat(" (default ", flag.fallback, ")") : "", "\n");
   }
-  absl::StrAppend(&help,
-                  "\nEach flag with a value can be given by the environment instead: DELTANET_MAX_SESSIONS for\n"
-                  "--max-sessions, DELTANET_MODEL=NAME=DIR,NAME=DIR for several models. The command line wins.\n");
+  absl::StrAppend(
+      &help,
+      "\nEach flag with a value can be given by the environment instead: DELTANET_MAX_SESSIONS for\n"
+      "--max-sessions, DELTANET_MODEL=NAME=DIR,NAME=DIR for several models. The command line wins.\n");
   return help;
 }
 

@@ -1,5 +1,5 @@
-// The server's settings: one table of flags, each of which an environment variable can give as well (--max-sessions is
-// DELTANET_MAX_SESSIONS; the command line wins).
+// The server's settings: one table of flags, each of which an environment variable can give as well
+// (--max-sessions is DELTANET_MAX_SESSIONS; the command line wins).
 #ifndef DELTANET_SERVER_CONFIG_H_
 #define DELTANET_SERVER_CONFIG_H_
 
@@ -44,7 +44,8 @@ struct ServerConfig {
 };
 
 // Reads the arguments after the program's name, then, for flags that are not among them, the environment by
-// `getenv` (null: not set). INVALID_ARGUMENT names the flag (or variable), the value found and the values wanted.
+// `getenv` (null: not set). INVALID_ARGUMENT names the flag (or variable), the value found and the values
+// wanted.
 absl::StatusOr<ServerConfig> ParseServerConfig(absl::Span<const std::string> arguments,
                                                const std::function<const char*(const char*)>& getenv);
 

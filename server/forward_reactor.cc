@@ -1,5 +1,6 @@
 #include "server/forward_reactor.h"
 
+#include <algorithm>
 #include <utility>
 #include <vector>
 
@@ -9,11 +10,13 @@
 
 namespace deltanet {
 
-grpc::ServerUnaryReactor* ForwardReactor::Start(const ServiceContext* context, grpc::CallbackServerContext* call,
+grpc::ServerUnaryReactor* ForwardReactor::Start(const ServiceContext* context,
+                                                grpc::CallbackServerContext* call,
                                                 const v1::ForwardRequest* request,
                                                 v1::ForwardResponse* response) {
   auto* reactor = new ForwardReactor(context, call, request, response);
-  // The reactor outlives this even if it finishes meanwhile: gRPC calls OnDone only after it has been handed over.
+  // The reactor outlives this even if it finishes meanwhile: gRPC calls OnDone only after it has been handed
+  // over.
   if (const absl::Status status = reactor->Submit(); !status.ok()) reactor->FinishCall(status);
   return reactor;
 }
@@ -40,45 +43,43 @@ absl::Status ForwardReactor::SubmitStateless() {
     return InvalidRequest(absl::StrCat("expected_position is ", request_->expected_position(),
                                        " without a session, want it with one only"));
   }
-  ASSIGN_OR_RETURN(const int model, context_->FindModel(request_->model()));
-  ASSIGN_OR_RETURN(const CheckedInput input,
-                   CheckInput(request_->input(), request_->output_dtype(), Sequence::kStateless,
-                              context_->batcher->description(model), context_->request_limits));
+  ASSIGN_OR_RETURN(model_, context_->FindModel(request_->model()));
+  ASSIGN_OR_RETURN(const CheckedInput input, CheckMessage(Sequence::kStateless));
   std::vector<std::shared_ptr<Lane>> lanes(input.batch);
-  for (auto& lane : lanes) lane = context_->batcher->OpenLane(model);
+  for (auto& lane : lanes) lane = context_->batcher->OpenLane(model_);
   return SubmitWork(lanes, input, absl::OkStatus());
 }
 
 absl::Status ForwardReactor::SubmitToSession() {
   const v1::SessionRef& ref = request_->session();
   RETURN_IF_ERROR(CheckSessionRef(ref));
-  const auto check_message = [this](int model) -> absl::StatusOr<CheckedInput> {
-    if (request_->has_expected_position()) {
-      RETURN_IF_ERROR(CheckExpectedPosition(request_->expected_position()));
-    }
-    return CheckInput(request_->input(), request_->output_dtype(),
-                      request_->end_of_sequence() ? Sequence::kLastChunk : Sequence::kChunk,
-                      context_->batcher->description(model), context_->request_limits);
-  };
+  const Sequence sequence = request_->end_of_sequence() ? Sequence::kLastChunk : Sequence::kChunk;
+  model_ = -1;  // An existing session knows its model.
+  if (ref.create() || !request_->model().empty()) {
+    ASSIGN_OR_RETURN(model_, context_->FindModel(request_->model()));
+  }
   if (ref.create()) {
-    ASSIGN_OR_RETURN(const int model, context_->FindModel(request_->model()));
-    ASSIGN_OR_RETURN(const CheckedInput input, check_message(model));
-    ASSIGN_OR_RETURN(session_, context_->sessions->Create(model, ref.id(), IdleTtl(ref), kNotAttached));
+    ASSIGN_OR_RETURN(const CheckedInput input, CheckMessage(sequence));
+    ASSIGN_OR_RETURN(session_, context_->sessions->Create(model_, ref.id(), IdleTtl(ref), kNotAttached));
     created_ = true;
     return SubmitWork({session_->lane}, input, absl::OkStatus());
   }
-  int model = -1;  // The session knows its model.
-  if (!request_->model().empty()) {
-    ASSIGN_OR_RETURN(model, context_->FindModel(request_->model()));
-  }
-  ASSIGN_OR_RETURN(session_, context_->sessions->Find(model, ref.id(), kNotAttached));
+  ASSIGN_OR_RETURN(session_, context_->sessions->Find(model_, ref.id(), kNotAttached));
+  model_ = session_->model;
   // A bad message takes its place among the session's, and puts it out of step as any failure does.
-  const absl::StatusOr<CheckedInput> input = check_message(session_->model);
+  const absl::StatusOr<CheckedInput> input = CheckMessage(sequence);
   return SubmitWork({session_->lane}, input.value_or(CheckedInput{}), input.status());
 }
 
-absl::Status ForwardReactor::SubmitWork(const std::vector<std::shared_ptr<Lane>>& lanes, const CheckedInput& input,
-                                        const absl::Status& precondition) {
+absl::StatusOr<CheckedInput> ForwardReactor::CheckMessage(Sequence sequence) const {
+  if (request_->has_expected_position())
+    RETURN_IF_ERROR(CheckExpectedPosition(request_->expected_position()));
+  return CheckInput(request_->input(), request_->output_dtype(), sequence,
+                    context_->batcher->description(model_), context_->request_limits);
+}
+
+absl::Status ForwardReactor::SubmitWork(const std::vector<std::shared_ptr<Lane>>& lanes,
+                                        const CheckedInput& input, const absl::Status& precondition) {
   input_ = input;
   v1::Tensor* output = response_->mutable_output();
   output->mutable_data()->resize(static_cast<size_t>(input.output_bytes) * lanes.size());
@@ -103,10 +104,11 @@ absl::Status ForwardReactor::SubmitWork(const std::vector<std::shared_ptr<Lane>>
     const absl::Status status = context_->batcher->Submit(lanes[i], &work, Batcher::WhenFull::kRefuse);
     if (status.ok()) continue;
     if (i == 0) return status;
-    // The rest of the batch fails with it; what was submitted is given up.
+    // The rest of the batch fails with it, and what has been submitted is given up.
     WorkResult refused;
     refused.status = status;
-    for (; i < lanes.size(); ++i) OnWorkDone(refused);
+    for (size_t j = i; j < lanes.size(); ++j) OnWorkDone(refused);
+    break;
   }
   return absl::OkStatus();
 }
@@ -138,33 +140,57 @@ void ForwardReactor::OnWorkDone(const WorkResult& result) {
 }
 
 void ForwardReactor::FinishCall(absl::Status status) {
-  int64_t committed_position = input_.tokens;
+  WorkResult result;
+  {
+    MutexLock lock(&mu_);
+    result = last_result_;
+    result.queued = queued_;
+    result.computing = computing_;
+  }
   if (session_ != nullptr) {
-    committed_position = context_->batcher->committed_position(session_->lane);
-    bool ended = false;
-    {
-      MutexLock lock(&mu_);
-      ended = last_result_.ended;
-    }
     // A session that this call made and could not begin is not left behind: the client may not know of it.
-    if (ended || (created_ && !status.ok())) {
+    if (result.ended || (created_ && !status.ok())) {
       context_->sessions->End(*session_);
     } else {
       context_->sessions->Touch(*session_);
     }
     if (!status.ok()) {
-      status = WithErrorMetadata(status, "committed_position", absl::StrCat(committed_position));
+      status = WithErrorMetadata(
+          status, "committed_position",
+          absl::StrCat(created_ ? 0 : context_->batcher->committed_position(session_->lane)));
     }
   }
-  if (status.ok()) {
-    MutexLock lock(&mu_);
-    const int64_t width = response_->output().data().size();
-    static_cast<void>(width);
-  }
+  if (status.ok()) FillResponse(result);
   LogIfInternal("Forward", request_->request_id(), status);
   context_->metrics->OnRequestDone(Method::kForward, status);
   context_->metrics->OnLatency(Method::kForward, context_->clock->Now() - arrival_);
   Finish(ToGrpcStatus(status));
+}
+
+void ForwardReactor::FillResponse(const WorkResult& result) {
+  const int64_t width = context_->batcher->description(model_).output_width;
+  v1::Tensor* output = response_->mutable_output();
+  output->set_dtype(ToProtoDType(input_.output_dtype));
+  if (input_.batched) output->add_shape(input_.batch);
+  output->add_shape(result.output_tokens);
+  output->add_shape(width);
+  output->mutable_data()->resize(
+      static_cast<size_t>(input_.batch * result.output_tokens * width * DTypeBytes(input_.output_dtype)));
+  response_->set_output_position(result.output_position);
+  response_->set_committed_position(result.committed_position);
+  if (session_ != nullptr) response_->set_session_id(session_->id);
+  ToProtoDuration(result.queued, response_->mutable_timing()->mutable_queued());
+  ToProtoDuration(result.computing, response_->mutable_timing()->mutable_computing());
+}
+
+void ForwardReactor::OnCancel() {
+  cancellation_->cancelled = true;
+  context_->batcher->Wake();
+}
+
+void ForwardReactor::OnDone() {
+  context_->calls->Remove(active_call_);
+  delete this;
 }
 
 }  // namespace deltanet

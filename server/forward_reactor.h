@@ -2,11 +2,12 @@
 #ifndef DELTANET_SERVER_FORWARD_REACTOR_H_
 #define DELTANET_SERVER_FORWARD_REACTOR_H_
 
-#include <cstdint>
-#include <memory>
-
 #include <grpcpp/server_context.h>
 #include <grpcpp/support/server_callback.h>
+
+#include <cstdint>
+#include <memory>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/time/time.h"
@@ -16,11 +17,12 @@
 
 namespace deltanet {
 
-// Stateless: a lane for each sequence of the batch, whose output is written into its part of the response; the first error
-// wins and the rest is given up. With a session: one work of its lane. Owns itself: deleted in OnDone.
+// Stateless: a lane for each sequence of the batch, whose output is written into its part of the response;
+// the first error wins and the rest is given up. With a session: one work of its lane. Owns itself: deleted
+// in OnDone.
 //
-// Thread-safe, as a reactor must be. The messages are gRPC's and live until OnDone; Finish is called once, after all work is
-// done, so that nothing writes into them afterwards.
+// Thread-safe, as a reactor must be. The messages are gRPC's and live until OnDone; Finish is called once,
+// after all work is done, so that nothing writes into them afterwards.
 class ForwardReactor : public grpc::ServerUnaryReactor {
  public:
   // `context` outlives all calls.
@@ -31,8 +33,8 @@ class ForwardReactor : public grpc::ServerUnaryReactor {
   void OnDone() override;
 
  private:
-  ForwardReactor(const ServiceContext* context, grpc::CallbackServerContext* call, const v1::ForwardRequest* request,
-                 v1::ForwardResponse* response);
+  ForwardReactor(const ServiceContext* context, grpc::CallbackServerContext* call,
+                 const v1::ForwardRequest* request, v1::ForwardResponse* response);
 
   // Checks the request and submits its work. On an error no work was submitted.
   absl::Status Submit();
@@ -41,9 +43,11 @@ class ForwardReactor : public grpc::ServerUnaryReactor {
   // Makes room for the output and submits one work for each lane. On an error nothing was submitted.
   absl::Status SubmitWork(const std::vector<std::shared_ptr<Lane>>& lanes, const CheckedInput& input,
                           const absl::Status& precondition);
+  absl::StatusOr<CheckedInput> CheckMessage(Sequence sequence) const;
   void OnWorkDone(const WorkResult& result);
   // Everything is done: ends the call.
   void FinishCall(absl::Status status);
+  void FillResponse(const WorkResult& result);
 
   // Constant after construction.
   const ServiceContext* const context_;
@@ -58,6 +62,7 @@ class ForwardReactor : public grpc::ServerUnaryReactor {
   // Written before the work is submitted.
   std::shared_ptr<const Session> session_;  // Null if stateless. Shared with the store.
   bool created_ = false;                    // The session is this call's.
+  int model_ = -1;
   CheckedInput input_;
 
   Mutex mu_;

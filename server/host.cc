@@ -35,9 +35,9 @@ std::optional<int64_t> ReadInt(const std::string& path) {
   return text ? ParseInt(*text) : std::nullopt;
 }
 
-// The folders of this process's cgroup and of those above it, `mount` itself last: a limit anywhere on the way counts.
-// Inside a container the path in /proc/self/cgroup can be the host's and not exist below the mount; the mount is then the
-// container's own group.
+// The folders of this process's cgroup and of those above it, `mount` itself last: a limit anywhere on the
+// way counts. Inside a container the path in /proc/self/cgroup can be the host's and not exist below the
+// mount; the mount is then the container's own group.
 std::vector<std::string> CgroupFolders(const std::string& mount, absl::string_view path) {
   std::vector<std::string> folders;
   while (!path.empty() && path != "/") {
@@ -57,7 +57,8 @@ struct Cgroups {
 Cgroups FindCgroups(const std::string& root) {
   Cgroups found;
   const std::string mount = root + "/sys/fs/cgroup";
-  for (const absl::string_view line : absl::StrSplit(ReadFile(root + "/proc/self/cgroup").value_or(""), '\n')) {
+  for (const absl::string_view line :
+       absl::StrSplit(ReadFile(root + "/proc/self/cgroup").value_or(""), '\n')) {
     // "hierarchy:controllers:path"; version 2 has no controllers.
     const std::vector<absl::string_view> parts = absl::StrSplit(line, absl::MaxSplits(':', 2));
     if (parts.size() != 3) continue;

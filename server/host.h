@@ -7,11 +7,12 @@
 
 namespace deltanet {
 
-// Bytes of memory: the least of MemAvailable and of the limits of every cgroup (version 2 or 1) above this process.
-// `root` is "" but in tests. 0 if nothing can be read.
+// Bytes of memory: the least of MemAvailable and of the limits of every cgroup (version 2 or 1) above this
+// process. `root` is "" but in tests. 0 if nothing can be read.
 int64_t MemoryLimitBytes(const std::string& root = "");
 
-// Processors: the least of the affinity mask and every cgroup's quota above this process, rounded up; at least 1.
+// Processors: the least of the affinity mask and every cgroup's quota above this process, rounded up; at
+// least 1.
 int AvailableCpus(const std::string& root = "");
 
 }  // namespace deltanet

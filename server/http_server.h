@@ -4,7 +4,8 @@
 //   GET /healthz   200 while the process runs
 //   GET /readyz    200 while it takes requests, else 503
 //
-// (cpp-httplib and not prometheus::Exposer: its threads have stacks too small for a process that holds cuBLAS.)
+// (cpp-httplib and not prometheus::Exposer: its threads have stacks too small for a process that holds
+// cuBLAS.)
 #ifndef DELTANET_SERVER_HTTP_SERVER_H_
 #define DELTANET_SERVER_HTTP_SERVER_H_
 
@@ -16,7 +17,8 @@
 
 namespace deltanet {
 
-// Serves from Start until it is destroyed, on threads of its own; the handlers are called on those, several at a time.
+// Serves from Start until it is destroyed, on threads of its own; the handlers are called on those, several
+// at a time.
 class HttpServer {
  public:
   struct Handlers {
@@ -25,7 +27,8 @@ class HttpServer {
   };
 
   // Listens on host:port; port 0 picks a free one. UNAVAILABLE, naming both, if that cannot be had.
-  static absl::StatusOr<std::unique_ptr<HttpServer>> Start(const std::string& host, int port, Handlers handlers);
+  static absl::StatusOr<std::unique_ptr<HttpServer>> Start(const std::string& host, int port,
+                                                           Handlers handlers);
   ~HttpServer();
 
   int port() const;

@@ -16,21 +16,34 @@ constexpr std::array<const char*, kNumMethods> kMethodNames = {"Forward",    "St
                                                                "ListModels", "EndSession",    "ListSessions"};
 // In the order of their numbers.
 constexpr std::array<const char*, kNumCodes> kCodeNames = {
-    "OK",           "CANCELLED",     "UNKNOWN",           "INVALID_ARGUMENT",   "DEADLINE_EXCEEDED",
-    "NOT_FOUND",    "ALREADY_EXISTS", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION",
-    "ABORTED",      "OUT_OF_RANGE",  "UNIMPLEMENTED",     "INTERNAL",           "UNAVAILABLE",
-    "DATA_LOSS",    "UNAUTHENTICATED"};
+    "OK",        "CANCELLED",      "UNKNOWN",           "INVALID_ARGUMENT",   "DEADLINE_EXCEEDED",
+    "NOT_FOUND", "ALREADY_EXISTS", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION",
+    "ABORTED",   "OUT_OF_RANGE",   "UNIMPLEMENTED",     "INTERNAL",           "UNAVAILABLE",
+    "DATA_LOSS", "UNAUTHENTICATED"};
 
-constexpr const char* kReasons[] = {
-    reason::kInvalidRequest,   reason::kModelNotFound, reason::kSessionNotFound,  reason::kSessionExpired,
-    reason::kSessionEnded,     reason::kSessionExists, reason::kSessionAttached,  reason::kSessionOutOfStep,
-    reason::kPositionMismatch, reason::kSessionModel,  reason::kSessionsFull,     reason::kResponseTooLarge,
-    reason::kQueueFull,        reason::kDraining,      reason::kDeadline,         reason::kCancelled,
-    reason::kNonFinite,        reason::kInternal,      "OTHER"};
+constexpr const char* kReasons[] = {reason::kInvalidRequest,
+                                    reason::kModelNotFound,
+                                    reason::kSessionNotFound,
+                                    reason::kSessionExpired,
+                                    reason::kSessionEnded,
+                                    reason::kSessionExists,
+                                    reason::kSessionAttached,
+                                    reason::kSessionOutOfStep,
+                                    reason::kPositionMismatch,
+                                    reason::kSessionModel,
+                                    reason::kSessionsFull,
+                                    reason::kResponseTooLarge,
+                                    reason::kQueueFull,
+                                    reason::kDraining,
+                                    reason::kDeadline,
+                                    reason::kCancelled,
+                                    reason::kNonFinite,
+                                    reason::kInternal,
+                                    "OTHER"};
 
 const Buckets& TimeBuckets() {
-  static const Buckets& buckets =
-      *new Buckets{0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10};
+  static const Buckets& buckets = *new Buckets{0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025,
+                                               0.05,   0.1,     0.25,   0.5,   1,      2.5,   5,    10};
   return buckets;
 }
 
@@ -44,8 +57,8 @@ size_t CodeIndex(const absl::Status& status) {
   return code < kNumCodes ? code : static_cast<size_t>(absl::StatusCode::kUnknown);
 }
 
-prometheus::Family<prometheus::Counter>& CounterFamily(prometheus::Registry* registry, const std::string& name,
-                                                       const std::string& help) {
+prometheus::Family<prometheus::Counter>& CounterFamily(prometheus::Registry* registry,
+                                                       const std::string& name, const std::string& help) {
   return prometheus::BuildCounter().Name("deltanet_" + name).Help(help).Register(*registry);
 }
 
@@ -83,17 +96,19 @@ Metrics::Metrics(const std::vector<std::string>& model_names, const std::string&
   for (int code = 0; code < kNumCodes; ++code) {
     stream_messages_[code] = &messages.Add({{"code", kCodeNames[code]}});
   }
-  auto& errors =
-      CounterFamily(&registry_, "errors_total", "Answers that were an error, of RPCs and messages of streams.");
+  auto& errors = CounterFamily(&registry_, "errors_total",
+                               "Answers that were an error, of RPCs and messages of streams.");
   for (const char* reason : kReasons) errors_.emplace_back(reason, &errors.Add({{"reason", reason}}));
 
-  auto& work_queued = HistogramFamily(&registry_, "work_queued_seconds",
-                                      "Wait of a sequence's span of tokens for the first step that it is in.");
+  auto& work_queued =
+      HistogramFamily(&registry_, "work_queued_seconds",
+                      "Wait of a sequence's span of tokens for the first step that it is in.");
   auto& work_compute = HistogramFamily(&registry_, "work_compute_seconds",
                                        "Time of the steps that a sequence's span of tokens was in.");
   auto& step_prepare =
       HistogramFamily(&registry_, "step_prepare_seconds", "Time to form and stage a step of the batch.");
-  auto& step_compute = HistogramFamily(&registry_, "step_compute_seconds", "Time to compute a step of the batch.");
+  auto& step_compute =
+      HistogramFamily(&registry_, "step_compute_seconds", "Time to compute a step of the batch.");
   auto& step_tokens = HistogramFamily(&registry_, "step_tokens", "Tokens of a step of the batch.");
   auto& step_rows = HistogramFamily(&registry_, "step_rows", "Sequences of a step of the batch.");
   auto& tokens = CounterFamily(&registry_, "tokens_total", "Tokens computed.");
@@ -169,9 +184,10 @@ std::string Metrics::Text(const MetricsSnapshot& snapshot) const {
     AddGauge(static_cast<double>(model.slots_free), model_names_[m], &slots_free);
     AddGauge(static_cast<double>(model.session_bytes), model_names_[m], &session_bytes);
   }
-  prometheus::MetricFamily queued_works = GaugeFamily("queued_works", "Spans of tokens that wait or run.");
+  prometheus::MetricFamily queued_works =
+      GaugeFamily("queued_works", "Spans of tokens that wait for their first step.");
   AddGauge(static_cast<double>(snapshot.queued_works), "", &queued_works);
-  prometheus::MetricFamily queued_tokens = GaugeFamily("queued_tokens", "Tokens that wait or run.");
+  prometheus::MetricFamily queued_tokens = GaugeFamily("queued_tokens", "Tokens of theirs.");
   AddGauge(static_cast<double>(snapshot.queued_tokens), "", &queued_tokens);
   for (prometheus::MetricFamily* family :
        {&sessions, &sessions_free, &slots_free, &session_bytes, &queued_works, &queued_tokens}) {

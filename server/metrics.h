@@ -1,13 +1,13 @@
 // Every metric that the server exports, and the text of /metrics.
 //
-// Names start with deltanet_. Labels: `model` (the names given at start), `method` (the RPCs), `code` (gRPC's names),
-// `reason` (those of proto/wire.h); never anything that a client chose.
+// Names start with deltanet_. Labels: `model` (the names given at start), `method` (the RPCs), `code` (gRPC's
+// names), `reason` (those of proto/wire.h); never anything that a client chose.
 //
 //   requests_total{method,code}            RPCs that ended; a stream is one
 //   stream_messages_total{code}            messages of StreamForward that were answered
 //   errors_total{reason}                   answers that were an error, of RPCs and messages
-//   request_duration_seconds{method}       from an RPC's arrival to its answer; in StreamForward, of each message
-//   work_queued_seconds{model}             of each sequence's span: waiting for its first step
+//   request_duration_seconds{method}       from an RPC's arrival to its answer; in StreamForward, of each
+//   message work_queued_seconds{model}             of each sequence's span: waiting for its first step
 //   work_compute_seconds{model}            of each sequence's span: the steps that it was in
 //   step_prepare_seconds{model}            of each step of the batch: forming and staging it
 //   step_compute_seconds{model}            of each step of the batch: computing it
@@ -88,7 +88,8 @@ class Metrics : public BatchObserver {
   std::array<std::array<prometheus::Counter*, kNumCodes>, kNumMethods> requests_;
   std::array<prometheus::Histogram*, kNumMethods> request_duration_;
   std::array<prometheus::Counter*, kNumCodes> stream_messages_;
-  std::vector<std::pair<std::string, prometheus::Counter*>> errors_;  // By reason; the last counts all others.
+  std::vector<std::pair<std::string, prometheus::Counter*>>
+      errors_;  // By reason; the last counts all others.
   std::vector<OfModel> models_;
 };
 

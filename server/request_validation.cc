@@ -34,7 +34,8 @@ std::string ShapeOf(const v1::Tensor& tensor) {
 std::string WantedShape(const ModelDescription& model, Sequence sequence) {
   const std::string one = model.takes_tokens ? "[T]" : absl::StrCat("[T,", model.input_width, "]");
   if (sequence != Sequence::kStateless) return one;
-  return absl::StrCat(one, " or ", model.takes_tokens ? "[B,T]" : absl::StrCat("[B,T,", model.input_width, "]"));
+  return absl::StrCat(one, " or ",
+                      model.takes_tokens ? "[B,T]" : absl::StrCat("[B,T,", model.input_width, "]"));
 }
 
 // a * b, or nothing if it overflows; both are at least 0.
@@ -47,10 +48,9 @@ std::optional<int64_t> Multiply(int64_t a, int64_t b) {
 absl::StatusOr<DType> CheckInputDType(v1::DataType dtype, const ModelDescription& model) {
   const absl::StatusOr<DType> parsed = FromProtoDType(dtype);
   if (parsed.ok() && (*parsed == DType::kInt64) == model.takes_tokens) return *parsed;
-  return InvalidRequest(absl::StrCat("input.dtype is ", ProtoDTypeName(dtype), ", want ",
-                                     model.takes_tokens
-                                         ? "DATA_TYPE_INT64"
-                                         : "DATA_TYPE_FLOAT32, DATA_TYPE_FLOAT16 or DATA_TYPE_BFLOAT16"));
+  return InvalidRequest(absl::StrCat(
+      "input.dtype is ", ProtoDTypeName(dtype), ", want ",
+      model.takes_tokens ? "DATA_TYPE_INT64" : "DATA_TYPE_FLOAT32, DATA_TYPE_FLOAT16 or DATA_TYPE_BFLOAT16"));
 }
 
 absl::StatusOr<DType> CheckOutputDType(v1::DataType dtype) {
@@ -84,7 +84,8 @@ absl::StatusOr<CheckedInput> CheckInput(const v1::Tensor& input, v1::DataType ou
   CheckedInput checked;
   ASSIGN_OR_RETURN(checked.output_dtype, CheckOutputDType(output_dtype));
 
-  const bool absent = input.shape_size() == 0 && input.data().empty() && input.dtype() == v1::DATA_TYPE_UNSPECIFIED;
+  const bool absent =
+      input.shape_size() == 0 && input.data().empty() && input.dtype() == v1::DATA_TYPE_UNSPECIFIED;
   if (absent && sequence == Sequence::kLastChunk) {
     checked.dtype = model.takes_tokens ? DType::kInt64 : DType::kFloat32;
   } else {
@@ -106,8 +107,8 @@ absl::StatusOr<CheckedInput> CheckInput(const v1::Tensor& input, v1::DataType ou
     }
     const std::optional<int64_t> tokens = Multiply(checked.batch, checked.tokens);
     if (!tokens || *tokens > limits.max_tokens) {
-      return InvalidRequest(absl::StrCat("input.shape is ", ShapeOf(input), ", want at most ", limits.max_tokens,
-                                         " tokens in a request"));
+      return InvalidRequest(absl::StrCat("input.shape is ", ShapeOf(input), ", want at most ",
+                                         limits.max_tokens, " tokens in a request"));
     }
     const std::optional<int64_t> bytes = Multiply(*tokens, model.input_width * DTypeBytes(checked.dtype));
     if (!bytes || *bytes != static_cast<int64_t>(input.data().size())) {
@@ -126,7 +127,8 @@ absl::StatusOr<CheckedInput> CheckInput(const v1::Tensor& input, v1::DataType ou
   checked.output_rows = checked.tokens + (sequence == Sequence::kLastChunk ? model.lookahead : 0);
   const std::optional<int64_t> sequence_bytes =
       Multiply(checked.output_rows, model.output_width * DTypeBytes(checked.output_dtype));
-  const std::optional<int64_t> bytes = sequence_bytes ? Multiply(*sequence_bytes, checked.batch) : std::nullopt;
+  const std::optional<int64_t> bytes =
+      sequence_bytes ? Multiply(*sequence_bytes, checked.batch) : std::nullopt;
   if (!bytes || *bytes > limits.max_response_bytes) {
     return MakeError(absl::StatusCode::kResourceExhausted, reason::kResponseTooLarge,
                      absl::StrCat("the output would be ", checked.batch, " x ", checked.output_rows, " x ",
@@ -147,8 +149,8 @@ absl::Status CheckRequestId(const std::string& request_id) {
 absl::Status CheckSessionRef(const v1::SessionRef& session) {
   const std::string& id = session.id();
   if (id.size() > kMaxSessionIdBytes || (id.empty() && !session.create())) {
-    return InvalidRequest(absl::StrCat("session.id has ", id.size(), " characters, want 1 to ", kMaxSessionIdBytes,
-                                       " (or none with create)"));
+    return InvalidRequest(absl::StrCat("session.id has ", id.size(), " characters, want 1 to ",
+                                       kMaxSessionIdBytes, " (or none with create)"));
   }
   for (const char c : id) {
     if (!absl::ascii_isalnum(c) && !absl::StrContains("._:-", c)) {
@@ -156,7 +158,8 @@ absl::Status CheckSessionRef(const v1::SessionRef& session) {
     }
   }
   if (!session.has_idle_ttl()) return absl::OkStatus();
-  if (!session.create()) return InvalidRequest("session.idle_ttl is set without session.create, want both or neither");
+  if (!session.create())
+    return InvalidRequest("session.idle_ttl is set without session.create, want both or neither");
   const absl::StatusOr<absl::Duration> ttl = FromProtoDuration(session.idle_ttl());
   if (!ttl.ok() || *ttl <= absl::ZeroDuration()) {
     return InvalidRequest(absl::StrCat("session.idle_ttl is ",

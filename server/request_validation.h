@@ -1,5 +1,6 @@
 // Is a request good, before anything is computed for it? Every error is INVALID_ARGUMENT (INVALID_REQUEST) or
-// RESOURCE_EXHAUSTED (RESPONSE_TOO_LARGE), and its message names the field, the value found and the value wanted.
+// RESOURCE_EXHAUSTED (RESPONSE_TOO_LARGE), and its message names the field, the value found and the value
+// wanted.
 //
 // All functions are thread-safe: they touch only what they are given.
 #ifndef DELTANET_SERVER_REQUEST_VALIDATION_H_
@@ -28,9 +29,9 @@ struct RequestLimits {
 // What a request's tensor is, once it has been found good.
 struct CheckedInput {
   DType dtype = DType::kFloat32;
-  bool batched = false;  // It had a batch dimension.
-  int64_t batch = 1;     // B: sequences.
-  int64_t tokens = 0;    // T: of each sequence.
+  bool batched = false;        // It had a batch dimension.
+  int64_t batch = 1;           // B: sequences.
+  int64_t tokens = 0;          // T: of each sequence.
   int64_t sequence_bytes = 0;  // Of input, for each.
   DType output_dtype = DType::kFloat32;
   int64_t output_rows = 0;   // For each sequence, the most that it can give.
@@ -41,7 +42,8 @@ struct CheckedInput {
 enum class Sequence {
   kStateless,  // [T, ...] or [B, T, ...], whole sequences.
   kChunk,      // [T, ...] of a session, and there may be more.
-  kLastChunk,  // [T, ...] of a session; T may be 0 and the tensor absent. Gives what the look-ahead held back, too.
+  kLastChunk,  // [T, ...] of a session; T may be 0 and the tensor absent. Gives what the look-ahead held
+               // back, too.
 };
 
 // Checks dtypes, rank, sizes, the number of bytes, that values are finite and ids in range, and both limits.
@@ -51,15 +53,15 @@ absl::StatusOr<CheckedInput> CheckInput(const v1::Tensor& input, v1::DataType ou
 // At most 128 bytes.
 absl::Status CheckRequestId(const std::string& request_id);
 
-// Characters and length of an id (empty is good with `create`), and that idle_ttl, which must be a valid duration above
-// zero, comes with `create` alone. Its bound is the session store's to check.
+// Characters and length of an id (empty is good with `create`), and that idle_ttl, which must be a valid
+// duration above zero, comes with `create` alone. Its bound is the session store's to check.
 absl::Status CheckSessionRef(const v1::SessionRef& session);
 
 // The session's time-to-live; zero where it is not set. Only after CheckSessionRef.
 absl::Duration IdleTtl(const v1::SessionRef& session);
 
-// When a message that arrived at `arrival` is to be given up. INVALID_ARGUMENT unless `timeout` is a valid duration above
-// zero.
+// When a message that arrived at `arrival` is to be given up. INVALID_ARGUMENT unless `timeout` is a valid
+// duration above zero.
 absl::StatusOr<absl::Time> CheckTimeout(const google::protobuf::Duration& timeout, absl::Time arrival);
 
 // Not negative.

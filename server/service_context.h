@@ -2,13 +2,13 @@
 #ifndef DELTANET_SERVER_SERVICE_CONTEXT_H_
 #define DELTANET_SERVER_SERVICE_CONTEXT_H_
 
+#include <grpcpp/server_context.h>
+
 #include <cstdint>
 #include <map>
 #include <memory>
 #include <string>
 #include <vector>
-
-#include <grpcpp/server_context.h>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -34,7 +34,8 @@ class Drainable {
 // The calls in progress, so that a drain can wait for them. Thread-safe; outlives the calls.
 class ActiveCalls {
  public:
-  // Counts a call until Remove. `drainable` (may be null) is drained when StartDraining is called; at once if it has been.
+  // Counts a call until Remove. `drainable` (may be null) is drained when StartDraining is called; at once if
+  // it has been.
   uint64_t Add(const std::shared_ptr<Drainable>& drainable);
   void Remove(uint64_t call);
 

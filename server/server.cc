@@ -1,0 +1,240 @@
+#include "server/server.h"
+
+#include <grpcpp/ext/proto_server_reflection_plugin.h>
+#include <grpcpp/health_check_service_interface.h>
+#include <grpcpp/security/server_credentials.h>
+#include <grpcpp/server.h>
+#include <grpcpp/server_builder.h>
+
+#include <algorithm>
+#include <atomic>
+#include <utility>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "model/base/check.h"
+#include "model/base/mutex.h"
+#include "model/base/status_macros.h"
+#include "server/deltanet_service.h"
+#include "server/executor.h"
+#include "server/http_server.h"
+#include "server/log.h"
+#include "server/metrics.h"
+#include "server/service_context.h"
+
+namespace deltanet {
+namespace {
+
+// What a response holds beside its output: ids, shape, positions, times.
+constexpr int64_t kResponseOverheadBytes = 1024;
+
+// Calls that never end by themselves (Watch of the health service) are cut this long after the others have
+// ended.
+constexpr absl::Duration kCutAfter = absl::Milliseconds(100);
+
+std::string Address(const HostPort& address) {
+  const bool ipv6 = absl::StrContains(address.host, ':');
+  return absl::StrCat(ipv6 ? "[" : "", address.host, ipv6 ? "]" : "", ":", address.port);
+}
+
+// Ends idle sessions about once a second.
+class Janitor {
+ public:
+  Janitor(SessionStore* sessions, Clock* clock) : sessions_(sessions), clock_(clock) {
+    thread_ = Thread("janitor", [this] { Run(); });
+  }
+
+  ~Janitor() {
+    {
+      MutexLock lock(&mu_);
+      stopping_ = true;
+    }
+    stop_.NotifyAll();
+  }
+
+ private:
+  void Run() {
+    while (true) {
+      {
+        MutexLock lock(&mu_);
+        const absl::Time next = clock_->Now() + absl::Seconds(1);
+        while (!stopping_ && clock_->Now() < next) clock_->WaitUntil(&stop_, &mu_, next);
+        if (stopping_) return;
+      }
+      sessions_->ExpireIdle();
+    }
+  }
+
+  SessionStore* const sessions_;
+  Clock* const clock_;
+
+  Mutex mu_;
+  CondVar stop_;
+  bool stopping_ ABSL_GUARDED_BY(mu_) = false;
+
+  Thread thread_;  // Last: joined before the rest dies.
+};
+
+}  // namespace
+
+std::string ServerVersion() { return DELTANET_VERSION; }
+
+int64_t RunningSlots(const ModelDescription& model, int64_t max_sessions) {
+  const int64_t rows_in_flight = model.max_step_rows * model.max_steps_in_flight;
+  int64_t running = std::min(rows_in_flight, model.num_slots / 4);
+  if (max_sessions > 0) running = std::max(running, model.num_slots - max_sessions);
+  return std::max<int64_t>(running, 1);
+}
+
+class Server::Impl {
+ public:
+  Impl(const ServerOptions& options, std::vector<NamedModel> models)
+      : options_(options),
+        models_(SortedByName(std::move(models))),
+        metrics_(Names(models_), ServerVersion()),
+        batcher_(options.batcher, options.clock, &metrics_),
+        sessions_(options.sessions, &batcher_, options.clock),
+        service_(&context_) {
+    for (const NamedModel& model : models_) {
+      batcher_.AddModel(model.model.get(), RunningSlots(model.model->description(), options.max_sessions));
+    }
+    context_.model_names = Names(models_);
+    context_.version = ServerVersion();
+    context_.request_limits.max_tokens = options.batcher.max_queued_tokens;
+    context_.request_limits.max_response_bytes = options.max_message_bytes - kResponseOverheadBytes;
+    context_.stream_window_messages = options.stream_window_messages;
+    context_.stream_window_bytes = options.stream_window_bytes;
+    context_.batcher = &batcher_;
+    context_.sessions = &sessions_;
+    context_.metrics = &metrics_;
+    context_.clock = options.clock;
+    context_.calls = &calls_;
+  }
+
+  ~Impl() { Shutdown(absl::ZeroDuration()); }
+
+  absl::Status Start() {
+    batcher_.Start();
+    janitor_ = std::make_unique<Janitor>(&sessions_, options_.clock);
+
+    grpc::EnableDefaultHealthCheckService(true);
+    grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+    grpc::ServerBuilder builder;
+    builder.AddListeningPort(Address(options_.listen), grpc::InsecureServerCredentials(), &port_);
+    builder.RegisterService(&service_);
+    builder.SetMaxReceiveMessageSize(static_cast<int>(options_.max_message_bytes));
+    builder.SetMaxSendMessageSize(static_cast<int>(options_.max_message_bytes));
+    // A second server on the same port shall fail, not share it.
+    builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+    // A peer that has vanished without a word is noticed, and its sessions freed.
+    builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 30'000);
+    builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 10'000);
+    builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
+    builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 10'000);
+    grpc_server_ = builder.BuildAndStart();
+    if (grpc_server_ == nullptr || port_ == 0) {
+      return absl::UnavailableError(absl::StrCat("cannot listen for gRPC on ", Address(options_.listen)));
+    }
+    SetServing(true);
+
+    HttpServer::Handlers handlers;
+    handlers.metrics = [this] { return metrics_.Text(Snapshot()); };
+    handlers.ready = [this] { return serving_.load(); };
+    ASSIGN_OR_RETURN(http_server_, HttpServer::Start(options_.metrics_listen.host,
+                                                     options_.metrics_listen.port, std::move(handlers)));
+    return absl::OkStatus();
+  }
+
+  int port() const { return port_; }
+  int metrics_port() const { return http_server_->port(); }
+
+  void StartDraining() {
+    if (grpc_server_ != nullptr) SetServing(false);
+    batcher_.StartDraining();
+    calls_.StartDraining();
+  }
+
+  bool Shutdown(absl::Duration drain_timeout) {
+    MutexLock lock(&shutdown_mu_);
+    if (shut_down_) return drained_;
+    shut_down_ = true;
+    StartDraining();
+    drained_ = calls_.WaitUntilNone(options_.clock, options_.clock->Now() + drain_timeout);
+    if (grpc_server_ != nullptr) {
+      // gRPC cuts by the wall clock, which options_.clock need not follow.
+      grpc_server_->Shutdown(
+          absl::ToChronoTime(Clock::Real()->Now() + (drained_ ? kCutAfter : absl::ZeroDuration())));
+      grpc_server_->Wait();
+    }
+    return drained_;
+  }
+
+ private:
+  static std::vector<NamedModel> SortedByName(std::vector<NamedModel> models) {
+    DELTANET_CHECK(!models.empty(), "a server has at least one model");
+    std::sort(models.begin(), models.end(),
+              [](const NamedModel& a, const NamedModel& b) { return a.name < b.name; });
+    return models;
+  }
+
+  static std::vector<std::string> Names(const std::vector<NamedModel>& models) {
+    std::vector<std::string> names;
+    for (const NamedModel& model : models) names.push_back(model.name);
+    return names;
+  }
+
+  void SetServing(bool serving) {
+    grpc::HealthCheckServiceInterface* health = grpc_server_->GetHealthCheckService();
+    for (const NamedModel& model : models_) health->SetServingStatus(model.name, serving);
+    health->SetServingStatus(v1::DeltaNetService::service_full_name(), serving);
+    health->SetServingStatus("", serving);
+    serving_ = serving;
+  }
+
+  MetricsSnapshot Snapshot() const {
+    MetricsSnapshot snapshot;
+    for (int m = 0; m < static_cast<int>(models_.size()); ++m) {
+      snapshot.models.push_back({sessions_.sessions(m), sessions_.sessions_free(m), batcher_.free_slots(m),
+                                 batcher_.description(m).session_bytes});
+    }
+    snapshot.queued_works = batcher_.queued_works();
+    snapshot.queued_tokens = batcher_.queued_tokens();
+    return snapshot;
+  }
+
+  // In the order of birth: what is below uses what is above.
+  const ServerOptions options_;
+  const std::vector<NamedModel> models_;
+  Metrics metrics_;
+  Batcher batcher_;
+  SessionStore sessions_;
+  ActiveCalls calls_;
+  ServiceContext context_;
+  DeltaNetService service_;
+  std::unique_ptr<Janitor> janitor_;
+  std::atomic<bool> serving_{false};
+  int port_ = 0;
+  std::unique_ptr<grpc::Server> grpc_server_;
+  std::unique_ptr<HttpServer> http_server_;
+
+  Mutex shutdown_mu_;
+  bool shut_down_ ABSL_GUARDED_BY(shutdown_mu_) = false;
+  bool drained_ ABSL_GUARDED_BY(shutdown_mu_) = false;
+};
+
+absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServerOptions& options,
+                                                      std::vector<NamedModel> models) {
+  auto impl = std::make_unique<Impl>(options, std::move(models));
+  RETURN_IF_ERROR(impl->Start());
+  return std::unique_ptr<Server>(new Server(std::move(impl)));
+}
+
+Server::Server(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Server::~Server() = default;
+
+int Server::port() const { return impl_->port(); }
+int Server::metrics_port() const { return impl_->metrics_port(); }
+void Server::StartDraining() { impl_->StartDraining(); }
+bool Server::Shutdown(absl::Duration drain_timeout) { return impl_->Shutdown(drain_timeout); }
+
+}  // namespace deltanet

@@ -1,0 +1,75 @@
+// The server: owns the models, the batch thread, the sessions, the metrics and both listeners, and their
+// order of death.
+#ifndef DELTANET_SERVER_SERVER_H_
+#define DELTANET_SERVER_SERVER_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "model/model.h"
+#include "server/batcher.h"
+#include "server/clock.h"
+#include "server/config.h"
+#include "server/session_store.h"
+
+namespace deltanet {
+
+// "0.1.0"
+std::string ServerVersion();
+
+struct NamedModel {
+  std::string name;
+  std::unique_ptr<Model> model;
+};
+
+struct ServerOptions {
+  HostPort listen{"127.0.0.1", 0};
+  HostPort metrics_listen{"127.0.0.1", 0};
+  int64_t max_sessions = 0;  // Of each model; 0: as many as its slots allow.
+  BatcherOptions batcher;    // max_queued_tokens also bounds a request.
+  SessionStoreOptions sessions;
+  int64_t max_message_bytes = int64_t{64} << 20;
+  // Unanswered or unwritten work of a stream, above which the stream is not read.
+  int64_t stream_window_messages = 64;
+  int64_t stream_window_bytes = int64_t{16} << 20;
+  Clock* clock = Clock::Real();  // Outlives the server.
+};
+
+// Slots of a model for work in flight, so that sessions may hold the rest: a quarter of the slots, at most
+// the rows in flight, and whatever max_sessions (0: no limit) leaves; at least 1.
+int64_t RunningSlots(const ModelDescription& model, int64_t max_sessions);
+
+// Thread-safe.
+class Server {
+ public:
+  // Serves the models, of which there is at least one and whose names differ. UNAVAILABLE, naming the
+  // address, if it cannot listen.
+  static absl::StatusOr<std::unique_ptr<Server>> Start(const ServerOptions& options,
+                                                       std::vector<NamedModel> models);
+  // Shutdown without waiting.
+  ~Server();
+
+  // Where it listens.
+  int port() const;
+  int metrics_port() const;
+
+  // Health turns to NOT_SERVING and new work is refused (UNAVAILABLE, DRAINING); streams finish the work that
+  // they have taken and end. Does not wait.
+  void StartDraining();
+  // Drains, waits up to `drain_timeout` for running calls, cancels the rest, and stops listening for RPCs.
+  // True if all calls had ended by themselves. Later calls do nothing and return the same.
+  bool Shutdown(absl::Duration drain_timeout);
+
+ private:
+  class Impl;
+  explicit Server(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace deltanet
+
+#endif  // DELTANET_SERVER_SERVER_H_
