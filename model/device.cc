@@ -51,6 +51,20 @@ absl::Status CheckDevice(const Device& device) {
 #endif
 }
 
+absl::Status CheckAlive(const Device& device) {
+  if (device.type == DeviceType::kCpu) return absl::OkStatus();
+#ifdef DELTANET_CUDA
+  // What was already reported and does not stay is taken away first.
+  cudaGetLastError();
+  const cudaError_t error = cudaDeviceSynchronize();
+  if (error != cudaSuccess) {
+    return absl::DataLossError(
+        absl::StrCat("device ", DeviceName(device), " is lost: ", cudaGetErrorString(error)));
+  }
+#endif
+  return absl::OkStatus();
+}
+
 int64_t FreeDeviceBytes(const Device& device) {
   if (device.type == DeviceType::kCpu) return 0;
 #ifdef DELTANET_CUDA

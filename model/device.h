@@ -15,6 +15,10 @@ namespace deltanet {
 // OK if this build and this machine have `device`; FAILED_PRECONDITION says what is missing.
 absl::Status CheckDevice(const Device& device);
 
+// OK unless the device is lost: an error of CUDA's that stays, whatever is asked of the device next. Waits
+// for the device.
+absl::Status CheckAlive(const Device& device);
+
 // Bytes of memory that are free on a CUDA device, counting what LibTorch's allocator holds and does not use.
 // 0 on the CPU.
 int64_t FreeDeviceBytes(const Device& device);

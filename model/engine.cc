@@ -202,7 +202,27 @@ class Engine final : public Model {
     for (int i = 0; i < description_.max_steps_in_flight; ++i) staging_.emplace_back(weights_, options);
   }
 
-  // Gives the engine its slots: once, before the first step, when it is known what memory is left.
+  // Runs the largest step over two slots of its own: what LibTorch and CUDA allocate, load or choose on first
+  // use is there afterwards, and counts as used memory.
+  absl::Status WarmUp() {
+    AllocatePool(2);
+    const int64_t tokens = description_.max_step_tokens;
+    const std::vector<char> input(tokens * description_.input_width * sizeof(int64_t));  // Zeros, or ids 0.
+    std::vector<float> output(tokens * description_.output_width);
+    StepRow row;
+    row.work_slot = 0;
+    row.fresh = true;
+    row.tokens = tokens;
+    row.input = input.data();
+    row.input_dtype = description_.takes_tokens ? DType::kInt64 : DType::kFloat32;
+    row.output = output.data();
+    ASSIGN_OR_RETURN(const StepTicket ticket, Prepare({&row, 1}));
+    RETURN_IF_ERROR(Launch(ticket));
+    ASSIGN_OR_RETURN(const StepResult result, Wait(ticket));
+    return result.rows[0];
+  }
+
+  // Gives the engine its slots, before the first step, when it is known what memory is left.
   void AllocatePool(int64_t num_slots) {
     pool_ = DeviceBuffer(description_.device, num_slots * description_.session_bytes);
     written_by_.assign(num_slots, -1);
@@ -247,7 +267,7 @@ class Engine final : public Model {
         s.host.gather[s.outputs++] = static_cast<int32_t>(first + i);
       }
     }
-    const absl::Status copied = CatchTorch("copying a step's input", [&] {
+    RETURN_IF_ERROR(Checked(CatchTorch("copying a step's input", [&] {
       if (description_.takes_tokens) {
         copy_in_.Copy(s.device.ids, s.host.ids, s.tokens * sizeof(int64_t));
       } else {
@@ -256,8 +276,7 @@ class Engine final : public Model {
       copy_in_.Copy(s.device.rows, s.host.rows, s.rows_bytes);
       copy_in_.Record(&s.copied);
       return absl::OkStatus();
-    });
-    RETURN_IF_ERROR(copied);
+    })));
     s.state = Staging::State::kPrepared;
     s.ticket = ++last_ticket_;
     return s.ticket;
@@ -266,7 +285,7 @@ class Engine final : public Model {
   absl::Status Launch(StepTicket ticket) override {
     Staging& s = staging_[ticket % staging_.size()];
     if (s.state != Staging::State::kPrepared || s.ticket != ticket) return WrongTicket(ticket);
-    const absl::Status status = CatchTorch("step", [&] { return Run(&s); });
+    const absl::Status status = Checked(CatchTorch("step", [&] { return Run(&s); }));
     s.state = status.ok() ? Staging::State::kLaunched : Staging::State::kIdle;
     return status;
   }
@@ -275,10 +294,10 @@ class Engine final : public Model {
     Staging& s = staging_[ticket % staging_.size()];
     if (s.state != Staging::State::kLaunched || s.ticket != ticket) return WrongTicket(ticket);
     s.state = Staging::State::kIdle;
-    RETURN_IF_ERROR(CatchTorch("waiting for a step", [&] {
+    RETURN_IF_ERROR(Checked(CatchTorch("waiting for a step", [&] {
       s.answered.Synchronize();
       return absl::OkStatus();
-    }));
+    })));
     StepResult result;
     const char* output = s.host.output;
     for (size_t r = 0; r < s.step_rows.size(); ++r) {
@@ -297,6 +316,13 @@ class Engine final : public Model {
   }
 
  private:
+  // After a failure: whether it was the device's end.
+  absl::Status Checked(absl::Status status) const {
+    if (status.ok()) return status;
+    const absl::Status alive = CheckAlive(description_.device);
+    return alive.ok() ? status : alive;
+  }
+
   static int64_t RealTokens(const StepRow& row) {
     return std::clamp<int64_t>(row.end - row.position, 0, row.tokens);
   }
@@ -572,14 +598,11 @@ class Engine final : public Model {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Model>> LoadModel(const std::string& directory, const ModelOptions& options) {
-  RETURN_IF_ERROR(CheckDevice(options.device));
-  const bool on_cpu = options.device.type == DeviceType::kCpu;
-  if (options.dtype != DType::kFloat32 && (options.dtype != DType::kBFloat16 || on_cpu)) {
-    return absl::InvalidArgumentError(absl::StrCat("dtype ", DTypeName(options.dtype), " was asked for on ",
-                                                   DeviceName(options.device), ", want float32",
-                                                   on_cpu ? "" : " or bfloat16"));
-  }
+namespace {
+
+// Everything but the slots.
+absl::StatusOr<std::unique_ptr<Engine>> LoadEngine(const std::string& directory,
+                                                   const ModelOptions& options) {
   ASSIGN_OR_RETURN(ModelConfig config, ReadModelConfig(directory));
   ASSIGN_OR_RETURN(const SafetensorsReader file,
                    SafetensorsReader::Open(absl::StrCat(directory, "/model.safetensors")));
@@ -590,21 +613,55 @@ absl::StatusOr<std::unique_ptr<Model>> LoadModel(const std::string& directory, c
   if (const absl::Status status = CheckTensors(file.entries(), ExpectedTensors(config)); !status.ok()) {
     return in_file(status);
   }
-  return CatchTorch(absl::StrCat("loading ", directory), [&]() -> absl::StatusOr<std::unique_ptr<Model>> {
+  return CatchTorch(absl::StrCat("loading ", directory), [&]() -> absl::StatusOr<std::unique_ptr<Engine>> {
     SetTorchThreads(options.cpu_threads);
     ASSIGN_OR_RETURN(Weights weights, LoadWeights(config, file, options.device, options.dtype));
     auto engine = std::make_unique<Engine>(std::move(weights), options);
-    const int64_t slot_bytes = engine->description().session_bytes;
-    const int64_t num_slots = std::min(options.max_slots, options.pool_bytes / slot_bytes);
-    if (num_slots < options.min_slots) {
-      return absl::ResourceExhaustedError(
-          absl::StrCat("state pool of ", options.pool_bytes, " bytes holds ", num_slots, " sessions of ",
-                       slot_bytes, " bytes, want at least ", options.min_slots, ": give it ",
-                       options.min_slots * slot_bytes, " bytes"));
-    }
-    engine->AllocatePool(num_slots);
+    RETURN_IF_ERROR(engine->WarmUp());
     return engine;
   });
+}
+
+}  // namespace
+
+absl::StatusOr<std::vector<std::unique_ptr<Model>>> LoadModels(absl::Span<const std::string> directories,
+                                                               const ModelOptions& options) {
+  RETURN_IF_ERROR(CheckDevice(options.device));
+  const bool on_cpu = options.device.type == DeviceType::kCpu;
+  if (options.dtype != DType::kFloat32 && (options.dtype != DType::kBFloat16 || on_cpu)) {
+    return absl::InvalidArgumentError(absl::StrCat("dtype ", DTypeName(options.dtype), " was asked for on ",
+                                                   DeviceName(options.device), ", want float32",
+                                                   on_cpu ? "" : " or bfloat16"));
+  }
+  std::vector<std::unique_ptr<Engine>> engines;
+  for (const std::string& directory : directories) {
+    ASSIGN_OR_RETURN(engines.emplace_back(), LoadEngine(directory, options));
+  }
+  return CatchTorch("allocating state slots", [&]() -> absl::StatusOr<std::vector<std::unique_ptr<Model>>> {
+    int64_t pool_bytes = options.pool_bytes;
+    if (pool_bytes == 0)
+      pool_bytes = static_cast<int64_t>(0.9 * static_cast<double>(FreeDeviceBytes(options.device)));
+    const int64_t share = pool_bytes / std::max<int64_t>(1, static_cast<int64_t>(engines.size()));
+    std::vector<std::unique_ptr<Model>> models;
+    for (size_t i = 0; i < engines.size(); ++i) {
+      const int64_t slot_bytes = engines[i]->description().session_bytes;
+      const int64_t num_slots = std::min(options.max_slots, share / slot_bytes);
+      if (num_slots < options.min_slots) {
+        return absl::ResourceExhaustedError(
+            absl::StrCat(directories[i], ": a state pool of ", share, " bytes holds ", num_slots,
+                         " sessions of ", slot_bytes, " bytes, want at least ", options.min_slots,
+                         ": give it ", options.min_slots * slot_bytes, " bytes"));
+      }
+      engines[i]->AllocatePool(num_slots);
+      models.push_back(std::move(engines[i]));
+    }
+    return models;
+  });
+}
+
+absl::StatusOr<std::unique_ptr<Model>> LoadModel(const std::string& directory, const ModelOptions& options) {
+  ASSIGN_OR_RETURN(std::vector<std::unique_ptr<Model>> models, LoadModels({&directory, 1}, options));
+  return std::move(models[0]);
 }
 
 }  // namespace deltanet

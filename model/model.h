@@ -94,7 +94,9 @@ class Model {
   virtual absl::StatusOr<StepTicket> Prepare(absl::Span<const StepRow> rows) = 0;
 
   // Starts the step; steps take effect in the order of Launch. On an error the ticket is spent, the work
-  // slots are worthless and all other slots are as before.
+  // slots are worthless and all other slots are as before: RESOURCE_EXHAUSTED if memory was short, INTERNAL
+  // otherwise, and DATA_LOSS if the device is lost (a CUDA error that stays): from then on every step fails
+  // so, and only a new process can help.
   virtual absl::Status Launch(StepTicket ticket) = 0;
 
   // Blocks until the step is done, writes the rows' outputs and spends the ticket. Errors as Launch.
@@ -103,18 +105,27 @@ class Model {
 
 struct ModelOptions {
   Device device;
-  DType dtype = DType::kFloat32;  // In which it computes: float32, or on CUDA bfloat16. State is always float32.
+  DType dtype =
+      DType::kFloat32;  // In which it computes: float32, or on CUDA bfloat16. State is always float32.
   int64_t max_step_tokens = 2048;
   int64_t max_step_rows = 256;
-  int64_t pool_bytes = 0;  // Memory for state slots: as many as fit, at most max_slots, at least min_slots.
-  int64_t min_slots = 2;   // RESOURCE_EXHAUSTED if these do not fit in pool_bytes.
+  // Memory for state slots, shared equally among the models that are loaded together: of each model as many
+  // as fit, at most max_slots, at least min_slots. 0, on CUDA only: 0.9 of what is free once all of them have
+  // their weights and have run their largest step.
+  int64_t pool_bytes = 0;
+  int64_t min_slots = 2;  // RESOURCE_EXHAUSTED if these do not fit in pool_bytes.
   int64_t max_slots = int64_t{1} << 20;
   int cpu_threads = 1;  // Threads of a step on the CPU, the batch thread included.
 };
 
-// Loads DIRECTORY/config.json and DIRECTORY/model.safetensors. NOT_FOUND, INVALID_ARGUMENT as config.h and
-// safetensors.h, INVALID_ARGUMENT too for a dtype that the device does not compute in; FAILED_PRECONDITION if
-// the device is not there or this build has no CUDA; RESOURCE_EXHAUSTED if memory is short.
+// Loads models onto one device: of each, DIRECTORY/config.json and DIRECTORY/model.safetensors. Runs each
+// one's largest step once, so that what is allocated or chosen on first use is there before the first client.
+// Errors name the directory: NOT_FOUND, INVALID_ARGUMENT as config.h and safetensors.h, INVALID_ARGUMENT too
+// for a dtype that the device does not compute in; FAILED_PRECONDITION if the device is not there or this
+// build has no CUDA; RESOURCE_EXHAUSTED if memory is short.
+absl::StatusOr<std::vector<std::unique_ptr<Model>>> LoadModels(absl::Span<const std::string> directories,
+                                                               const ModelOptions& options);
+// The same for one.
 absl::StatusOr<std::unique_ptr<Model>> LoadModel(const std::string& directory, const ModelOptions& options);
 
 }  // namespace deltanet

@@ -535,6 +535,25 @@ TEST_P(EngineTest, RefusesBadSteps) {
   EXPECT_EQ(model->Wait(tickets[0]).status().code(), absl::StatusCode::kFailedPrecondition);
 }
 
+TEST(LoadModels, ShareTheStateMemoryEqually) {
+  ModelConfig small, large;
+  small.family = large.family = Family::kTransformerDeltaNet;
+  small.chunk_size = large.chunk_size = 4;
+  small.d_model = 8;
+  large.d_model = 32;
+  ModelOptions options = TestOptions();
+  options.max_slots = 1 << 20;
+  options.pool_bytes = 1 << 20;
+  const std::vector<std::string> directories = {WriteRandomModel(small, 1), WriteRandomModel(large, 2)};
+  const auto models = LoadModels(directories, options);
+  ASSERT_TRUE(models.ok()) << models.status();
+  ASSERT_EQ(models->size(), 2u);
+  for (const auto& model : *models) {
+    const ModelDescription& description = model->description();
+    EXPECT_EQ(description.num_slots, (options.pool_bytes / 2) / description.session_bytes);
+  }
+}
+
 TEST(LoadModel, SaysWhatIsWrong) {
   ModelConfig config;
   config.family = Family::kTransformerBlock;
