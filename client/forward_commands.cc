@@ -173,7 +173,7 @@ class ChunkStream {
   }
 
   void WriteAll(ForwardStream* stream) {
-    size_t sequence = progress_.size() - 1;  // NextSequence begins behind it.
+    size_t sequence = sequences_.count() - 1;  // NextSequence begins behind it.
     while (NextSequence(&sequence)) {
       StreamRequest request;
       {
