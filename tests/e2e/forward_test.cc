@@ -137,7 +137,7 @@ TEST_P(ForwardErrors, NameWhatIsWrong) {
   ServerOptions options;
   options.max_message_bytes = 1 << 20;
   options.batcher.max_queued_tokens = 10000;
-  TestServer server({{"a", {}}, {"b", {.output_width = 1024}}}, options);
+  TestServer server(FakeModels{{"a", {}}, {"b", {.output_width = 1024}}}, options);
   ASSERT_TRUE(server.client()
                   .Forward({std::vector<float>(3).data(), {1, kWidth}},
                            {.model = "a", .session = SessionChoice{"exists", true}})

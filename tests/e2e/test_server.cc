@@ -16,8 +16,7 @@
 
 namespace deltanet {
 
-TestServer::TestServer(const std::vector<std::pair<std::string, FakeModelOptions>>& models,
-                       const ServerOptions& options) {
+TestServer::TestServer(const FakeModels& models, const ServerOptions& options) {
   std::vector<NamedModel> named;
   for (const auto& [name, model_options] : models) {
     auto model = std::make_unique<FakeModel>(model_options);

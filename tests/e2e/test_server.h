@@ -19,15 +19,16 @@ namespace deltanet {
 constexpr int64_t kWidth = 3;        // Of FakeModel's input by default.
 constexpr int64_t kOutputWidth = 8;  // Of its output.
 
+// Models by name.
+using FakeModels = std::vector<std::pair<std::string, FakeModelOptions>>;
+
 // A server and a client of it. The fake models may be steered while they serve.
 class TestServer {
  public:
-  // One model for each of `models`, by name.
-  explicit TestServer(const std::vector<std::pair<std::string, FakeModelOptions>>& models,
-                      const ServerOptions& options = {});
+  explicit TestServer(const FakeModels& models, const ServerOptions& options = {});
   // One model, "m".
   explicit TestServer(const FakeModelOptions& model, const ServerOptions& options = {})
-      : TestServer({{"m", model}}, options) {}
+      : TestServer(FakeModels{{"m", model}}, options) {}
 
   Server& server() { return *server_; }
   FakeModel& model(size_t number = 0) { return *models_[number]; }

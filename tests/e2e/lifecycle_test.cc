@@ -1,0 +1,255 @@
+// What surrounds the calls: listing, health, reflection, metrics, probes, draining.
+#include <grpcpp/channel.h>
+#include <grpcpp/create_channel.h>
+#include <grpcpp/generic/generic_stub.h>
+#include <grpcpp/security/credentials.h>
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "tests/e2e/test_server.h"
+
+namespace deltanet {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+
+// A call of any method in serialized messages: one request, and then responses one by one.
+class RawCall {
+ public:
+  RawCall(const std::string& target, const std::string& method, const std::string& request)
+      : channel_(grpc::CreateChannel(target, grpc::InsecureChannelCredentials())), stub_(channel_) {
+    call_ = stub_.PrepareCall(&context_, method, &queue_);
+    call_->StartCall(nullptr);
+    EXPECT_TRUE(Next());
+    const grpc::Slice slice(request);
+    call_->Write(grpc::ByteBuffer(&slice, 1), nullptr);
+    EXPECT_TRUE(Next());
+  }
+  ~RawCall() {
+    context_.TryCancel();
+    grpc::Status status;
+    call_->Finish(&status, nullptr);
+    Next();
+    queue_.Shutdown();
+  }
+
+  // Blocks. Empty at the end of the call.
+  std::string Read() {
+    grpc::ByteBuffer buffer;
+    call_->Read(&buffer, nullptr);
+    if (!Next()) return "";
+    grpc::Slice slice;
+    EXPECT_TRUE(buffer.DumpToSingleSlice(&slice).ok());
+    return std::string(reinterpret_cast<const char*>(slice.begin()), slice.size());
+  }
+
+ private:
+  bool Next() {
+    void* tag = nullptr;
+    bool ok = false;
+    return queue_.Next(&tag, &ok) && ok;
+  }
+
+  std::shared_ptr<grpc::Channel> channel_;
+  grpc::GenericStub stub_;
+  grpc::ClientContext context_;
+  grpc::CompletionQueue queue_;
+  std::unique_ptr<grpc::GenericClientAsyncReaderWriter> call_;
+};
+
+// grpc.health.v1.HealthCheckResponse.
+constexpr char kServing[] = "\x08\x01";
+constexpr char kNotServing[] = "\x08\x02";
+
+TEST(Lifecycle, ModelsAreDescribed) {
+  TestServer server(
+      FakeModels{{"values", {.lookahead = 2, .num_slots = 16}}, {"ids", {.takes_tokens = true}}});
+  const auto models = server.client().ListModels();
+  ASSERT_TRUE(models.ok()) << models.status();
+  ASSERT_EQ(models->size(), 2u);
+  const ModelInfo& ids = (*models)[0];
+  EXPECT_EQ(ids.name, "ids");
+  EXPECT_THAT(ids.input_dtypes, ElementsAre(DType::kInt64));
+  EXPECT_EQ(ids.vocab_size, kOutputWidth);
+  const ModelInfo& values = (*models)[1];
+  EXPECT_EQ(values.name, "values");
+  EXPECT_EQ(values.family, "transformer_deltanet");
+  EXPECT_THAT(values.input_dtypes, ElementsAre(DType::kFloat32, DType::kFloat16, DType::kBFloat16));
+  EXPECT_EQ(values.input_width, kWidth);
+  EXPECT_EQ(values.output_width, kOutputWidth);
+  EXPECT_EQ(values.lookahead, 2);
+  EXPECT_EQ(values.device, "cpu");
+  EXPECT_EQ(values.bytes_per_session, 16);
+  EXPECT_EQ(values.sessions, 0);
+  EXPECT_EQ(values.sessions_free, 12);  // A quarter of the slots is for work in flight.
+  EXPECT_EQ(values.max_response_bytes, (int64_t{64} << 20) - 1024);
+  EXPECT_EQ(*server.client().ServerVersion(), ServerVersion());
+  EXPECT_EQ(server.client().GetModel("nobody").status().code(), absl::StatusCode::kNotFound);
+  EXPECT_EQ(server.client().GetModel("").status().code(), absl::StatusCode::kInvalidArgument);
+}
+
+TEST(Lifecycle, SessionsAreListedInPages) {
+  TestServer server(FakeModels{{"a", {.num_slots = 2000}}, {"b", {}}});
+  const std::vector<float> input = RandomValues(1, 1);
+  for (int i = 0; i < 1200; ++i) {
+    const std::string id = absl::StrCat("s", 10000 + i);
+    ASSERT_TRUE(
+        server.client().Forward(AllTokens(input), {.model = "a", .session = SessionChoice{id, true}}).ok());
+  }
+  ASSERT_TRUE(
+      server.client()
+          .Forward(AllTokens(input), {.model = "b", .session = SessionChoice{"x", true, absl::Minutes(1)}})
+          .ok());
+  const auto all = server.client().ListSessions("");
+  ASSERT_TRUE(all.ok()) << all.status();
+  ASSERT_EQ(all->size(), 1201u);
+  for (int i = 0; i < 1200; ++i) EXPECT_EQ((*all)[i].id, absl::StrCat("s", 10000 + i));
+  const auto of_b = server.client().ListSessions("b");
+  ASSERT_EQ(of_b->size(), 1u);
+  EXPECT_EQ((*of_b)[0].model, "b");
+  EXPECT_EQ((*of_b)[0].committed_position, 1);
+  EXPECT_EQ((*of_b)[0].idle_ttl, absl::Minutes(1));
+  EXPECT_EQ(server.client().ListSessions("c").status().code(), absl::StatusCode::kNotFound);
+}
+
+TEST(Lifecycle, HealthOfTheServerAndOfEachModel) {
+  TestServer server(FakeModelOptions{});
+  for (const char* service : {"", "m", "deltanet.v1.DeltaNetService"}) {
+    const auto health = server.client().CheckHealth(service);
+    ASSERT_TRUE(health.ok()) << service << health.status();
+    EXPECT_EQ(*health, HealthStatus::kServing);
+  }
+  EXPECT_EQ(server.client().CheckHealth("nobody").status().code(), absl::StatusCode::kNotFound);
+  RawCall watch(server.target(), "/grpc.health.v1.Health/Watch", "\x0a\x01m");
+  EXPECT_EQ(watch.Read(), kServing);
+  server.server().StartDraining();
+  EXPECT_EQ(watch.Read(), kNotServing);
+  EXPECT_EQ(*server.client().CheckHealth(""), HealthStatus::kNotServing);
+  EXPECT_TRUE(server.server().Shutdown(absl::Seconds(30))) << "a Watch does not hold the server up";
+}
+
+TEST(Lifecycle, ReflectionKnowsTheService) {
+  TestServer server(FakeModelOptions{});
+  RawCall reflection(server.target(), "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+                     std::string("\x3a\x00", 2));  // list_services
+  EXPECT_THAT(reflection.Read(), HasSubstr("deltanet.v1.DeltaNetService"));
+}
+
+TEST(Lifecycle, MetricsCountWhatHappens) {
+  TestServer server(FakeModelOptions{.num_slots = 16});
+  const std::vector<float> input = RandomValues(1, 6);
+  ASSERT_TRUE(server.client().Forward({input.data(), {2, 3, kWidth}}, {}).ok());
+  EXPECT_FALSE(server.client().Forward(AllTokens(input), {.model = "nobody"}).ok());
+  const auto stream = server.client().OpenStream({});
+  StreamResponse response;
+  ASSERT_TRUE(stream->Write({.input = AllTokens(input)}) && stream->Read(&response));
+  ASSERT_TRUE(stream->Write({.input = {input.data(), {1, 5}}}) && stream->Read(&response));
+  EXPECT_EQ(server.Metric("deltanet_sessions{model=\"m\"}"), 1);
+  EXPECT_EQ(server.Metric("deltanet_sessions_free{model=\"m\"}"), 11);
+  EXPECT_EQ(server.Metric("deltanet_slots_free{model=\"m\"}"), 15);
+  EXPECT_EQ(server.Metric("deltanet_session_bytes{model=\"m\"}"), 16);
+  ASSERT_TRUE(stream->Finish().ok());
+
+  EXPECT_EQ(server.Metric("deltanet_sessions{model=\"m\"}"), 0);
+  EXPECT_EQ(server.Metric("deltanet_requests_total{code=\"OK\",method=\"Forward\"}"), 1);
+  EXPECT_EQ(server.Metric("deltanet_requests_total{code=\"NOT_FOUND\",method=\"Forward\"}"), 1);
+  EXPECT_EQ(server.Metric("deltanet_requests_total{code=\"OK\",method=\"StreamForward\"}"), 1);
+  EXPECT_EQ(server.Metric("deltanet_stream_messages_total{code=\"OK\"}"), 1);
+  EXPECT_EQ(server.Metric("deltanet_stream_messages_total{code=\"INVALID_ARGUMENT\"}"), 1);
+  EXPECT_EQ(server.Metric("deltanet_errors_total{reason=\"MODEL_NOT_FOUND\"}"), 1);
+  EXPECT_EQ(server.Metric("deltanet_errors_total{reason=\"INVALID_REQUEST\"}"), 1);
+  EXPECT_EQ(server.Metric("deltanet_request_duration_seconds_count{method=\"Forward\"}"), 2);
+  EXPECT_EQ(server.Metric("deltanet_request_duration_seconds_count{method=\"StreamForward\"}"), 2);
+  EXPECT_EQ(server.Metric("deltanet_tokens_total{model=\"m\"}"), 12);
+  EXPECT_EQ(server.Metric("deltanet_step_tokens_sum{model=\"m\"}"), 12);
+  EXPECT_EQ(server.Metric("deltanet_step_rows_sum{model=\"m\"}"), 3);
+  const double steps = server.Metric("deltanet_step_rows_count{model=\"m\"}");
+  EXPECT_GE(steps, 2);
+  EXPECT_EQ(server.Metric("deltanet_step_compute_seconds_count{model=\"m\"}"), steps);
+  EXPECT_EQ(server.Metric("deltanet_step_prepare_seconds_count{model=\"m\"}"), steps);
+  EXPECT_EQ(server.Metric("deltanet_work_queued_seconds_count{model=\"m\"}"), 4);
+  EXPECT_EQ(server.Metric("deltanet_work_compute_seconds_count{model=\"m\"}"), 4);
+  EXPECT_EQ(server.Metric("deltanet_queued_works"), 0);
+  EXPECT_EQ(server.Metric("deltanet_queued_tokens"), 0);
+  EXPECT_EQ(server.Metric(absl::StrCat("deltanet_build_info{version=\"", ServerVersion(), "\"}")), 1);
+  EXPECT_THAT(server.Get("/metrics"), HasSubstr("text/plain; version=0.0.4"));
+}
+
+TEST(Lifecycle, ProbesFollowTheServer) {
+  TestServer server(FakeModelOptions{});
+  EXPECT_THAT(server.Get("/healthz"), HasSubstr("HTTP/1.1 200"));
+  EXPECT_THAT(server.Get("/readyz"), HasSubstr("HTTP/1.1 200"));
+  EXPECT_THAT(server.Get("/nothing"), HasSubstr("HTTP/1.1 404"));
+  server.server().StartDraining();
+  EXPECT_THAT(server.Get("/healthz"), HasSubstr("HTTP/1.1 200"));
+  EXPECT_THAT(server.Get("/readyz"), HasSubstr("HTTP/1.1 503"));
+}
+
+TEST(Lifecycle, ATakenPortIsAnError) {
+  TestServer server(FakeModelOptions{});
+  const auto start = [](const ServerOptions& options) {
+    std::vector<NamedModel> models;
+    models.push_back({"m", std::make_unique<FakeModel>(FakeModelOptions{})});
+    return Server::Start(options, std::move(models)).status();
+  };
+  ServerOptions options;
+  options.listen.port = server.server().port();
+  const absl::Status grpc_taken = start(options);
+  EXPECT_EQ(grpc_taken.code(), absl::StatusCode::kUnavailable);
+  EXPECT_THAT(std::string(grpc_taken.message()), HasSubstr(server.target()));
+  options = {};
+  options.metrics_listen.port = server.server().metrics_port();
+  EXPECT_EQ(start(options).code(), absl::StatusCode::kUnavailable);
+}
+
+TEST(Lifecycle, ADrainFinishesWhatIsRunning) {
+  TestServer server(FakeModelOptions{});
+  server.model().Hold(1);
+  const std::vector<float> input = RandomValues(1, 4);
+  const auto idle = server.client().OpenStream({});
+  const auto busy = server.client().OpenStream({});
+  StreamResponse response;
+  ASSERT_TRUE(idle->Write({.input = AllTokens(input)}) && idle->Read(&response));
+  ASSERT_TRUE(busy->Write({.input = AllTokens(input)}));
+  server.model().WaitUntilHeld(1);
+  server.server().StartDraining();
+
+  EXPECT_FALSE(idle->Read(&response));
+  const absl::Status ended = idle->Finish();
+  EXPECT_EQ(ended.code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(ErrorReason(ended), reason::kDraining);
+  EXPECT_EQ(ErrorReason(server.client().Forward(AllTokens(input), {}).status()), reason::kDraining);
+  EXPECT_EQ(ErrorReason(server.client().OpenStream({})->Finish()), reason::kDraining);
+
+  std::thread shutdown([&] { EXPECT_TRUE(server.server().Shutdown(absl::Seconds(60))); });
+  server.model().Release(1);
+  ASSERT_TRUE(busy->Read(&response));
+  EXPECT_EQ(Floats(response.output), server.model().ExpectedOutput(input));
+  EXPECT_EQ(ErrorReason(busy->Finish()), reason::kDraining);
+  shutdown.join();
+  EXPECT_FALSE(server.client().Forward(AllTokens(input), {}).ok());
+}
+
+TEST(Lifecycle, ADrainThatTakesTooLongIsCut) {
+  TestServer server(FakeModelOptions{});
+  server.model().Hold(0);
+  const std::vector<float> input = RandomValues(1, 4);
+  std::thread call([&] { EXPECT_FALSE(server.client().Forward(AllTokens(input), {}).ok()); });
+  server.model().WaitUntilHeld(0);
+  std::thread shutdown([&] { EXPECT_FALSE(server.server().Shutdown(absl::Milliseconds(20))); });
+  call.join();  // It is cut although its step hangs...
+  server.model().Release(0);
+  shutdown.join();  // ...and the server ends as soon as the step does.
+}
+
+}  // namespace
+}  // namespace deltanet
