@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "gtest/gtest.h"
+#include "model/base/tensor_view.h"
 #include "model/ops/cpu/dispatch.h"
 #include "model/ops/rows.h"
 
@@ -77,14 +78,18 @@ class IsaTest : public testing::TestWithParam<CpuIsa> {
   const IsaScope isa_{GetParam()};
 };
 
-// Floats with a guard band on either side, all NaN at first. Starts off every alignment but a float's.
+// Floats with a guard band on either side, all NaN at first. Starts off every alignment but a float's. What
+// it holds in the bands survives a conversion to bfloat16 and back.
 class Guarded {
  public:
   explicit Guarded(int64_t size) : size_(size), floats_(size + 2 * kGuard, kNaN) {
     for (int64_t i = 0; i < kGuard; ++i) floats_[i] = floats_[kGuard + size + i] = kSentinel;
   }
+  static constexpr int64_t kGuard = 67;  // Floats in a band.
+
   float* data() { return floats_.data() + kGuard; }
   int64_t size() const { return size_; }
+  std::vector<float>& with_guards() { return floats_; }
   float& operator[](int64_t i) { return data()[i]; }
   std::vector<float> Values() const { return {floats_.begin() + kGuard, floats_.begin() + kGuard + size_}; }
   bool GuardsIntact() const {
@@ -94,8 +99,7 @@ class Guarded {
   }
 
  private:
-  static constexpr int64_t kGuard = 67;
-  static constexpr float kSentinel = 12345.678f;
+  static constexpr float kSentinel = 12352.0f;
   int64_t size_;
   std::vector<float> floats_;
 };
@@ -131,12 +135,29 @@ double MaxMagnitude(const T* a, int64_t count) {
   return magnitude;
 }
 
+// `values` as `dtype` holds them.
+inline std::vector<float> Rounded(const std::vector<float>& values, DType dtype) {
+  const int64_t count = static_cast<int64_t>(values.size());
+  std::vector<char> raw(count * DTypeBytes(dtype));
+  std::vector<float> rounded(count);
+  ConvertElements(values.data(), DType::kFloat32, raw.data(), dtype, count);
+  ConvertElements(raw.data(), dtype, rounded.data(), DType::kFloat32, count);
+  return rounded;
+}
+
 // The bound that the fast operators are held to: against float64, at most twice the error of plain float32
-// code, plus one rounding of the largest value.
+// code, plus one rounding of the largest value; where the result is of a coarser `dtype`, plus each element's
+// own rounding to it.
 inline void ExpectAsGoodAsPlain(const float* fast, const float* plain, const double* exact, int64_t count,
-                                const std::string& what) {
+                                const std::string& what, DType dtype = DType::kFloat32) {
   const double bound = 2 * MaxError(plain, exact, count) + kEpsilon * MaxMagnitude(exact, count);
-  const double error = MaxError(fast, exact, count);
+  const double rounding = dtype == DType::kBFloat16 ? 1.0 / 256 : 0;
+  double error = 0;
+  for (int64_t i = 0; i < count && !std::isnan(error); ++i) {
+    const double beyond =
+        std::fabs(static_cast<double>(fast[i]) - exact[i]) - rounding * (std::fabs(exact[i]) + bound);
+    if (!(beyond <= error)) error = beyond;
+  }
   EXPECT_FALSE(std::isnan(error)) << what << " has an unwritten element";
   EXPECT_LE(error, bound) << what;
 }

@@ -1,0 +1,111 @@
+// The definitions of norms and gated units, and a step of AddRmsNorm with any of its parts.
+#ifndef DELTANET_TESTS_MODEL_OPS_NORM_ELEMENTWISE_PROBLEM_H_
+#define DELTANET_TESTS_MODEL_OPS_NORM_ELEMENTWISE_PROBLEM_H_
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "gtest/gtest.h"
+#include "model/ops/elementwise.h"
+#include "model/ops/rms_norm.h"
+#include "tests/model/ops/op_test_util.h"
+
+namespace deltanet {
+
+template <typename T>
+std::vector<T> RmsNormReference(const std::vector<T>& x, int64_t rows, int64_t width, const float* scale) {
+  std::vector<T> normed(rows * width);
+  for (int64_t n = 0; n < rows; ++n) {
+    T squares = 0;
+    for (int64_t j = 0; j < width; ++j) squares += x[n * width + j] * x[n * width + j];
+    const T rms = std::sqrt(squares / static_cast<T>(width));
+    for (int64_t j = 0; j < width; ++j) {
+      normed[n * width + j] = x[n * width + j] / (rms + static_cast<T>(kRmsEpsilon)) * scale[j];
+    }
+  }
+  return normed;
+}
+
+// Seven rows of `width`; bits of `parts`: 1 gathered, 2 with delta, 4 with bias, 8 sum wanted.
+struct NormProblem {
+  static constexpr int64_t kRows = 7, kSourceRows = 9;
+  static constexpr int kPartsEnd = 16;
+
+  NormProblem(int64_t width, int parts, DType delta_dtype = DType::kFloat32,
+              DType normed_dtype = DType::kFloat32)
+      : width(width),
+        x(RandomNormal(kSourceRows * width, 1)),
+        delta(Rounded(RandomNormal(kSourceRows * width, 2), delta_dtype)),
+        bias(RandomNormal(width, 3)),
+        scale(RandomNormal(width, 4)),
+        sum(kRows * width),
+        normed(kRows * width) {
+    args = {.rows = kRows, .width = width, .x = x.data(), .delta_dtype = delta_dtype, .scale = scale.data()};
+    if (parts & 1) args.gather = gather.data();
+    if (parts & 2) args.delta = delta.data();
+    if (parts & 4) args.bias = bias.data();
+    if (parts & 8) args.sum = sum.data();
+    args.normed_dtype = normed_dtype;
+    args.normed = normed.data();
+  }
+
+  // Holds sum and normed, after the operator ran, to the bound.
+  void Compare() {
+    std::vector<float> plain(kRows * width);
+    std::vector<double> exact(kRows * width);
+    for (int64_t n = 0; n < kRows; ++n) {
+      for (int64_t j = 0; j < width; ++j) {
+        const int64_t from = (args.gather != nullptr ? gather[n] : n) * width + j, to = n * width + j;
+        exact[to] = x[from];
+        plain[to] = x[from];
+        if (args.delta != nullptr) exact[to] += delta[from], plain[to] += delta[from];
+        if (args.bias != nullptr) exact[to] += bias[j], plain[to] += bias[j];
+      }
+    }
+    if (args.sum != nullptr) {
+      ExpectAsGoodAsPlain(sum.data(), plain.data(), exact.data(), kRows * width, "sum");
+    }
+    ExpectAsGoodAsPlain(normed.data(), RmsNormReference(plain, kRows, width, scale.data()).data(),
+                        RmsNormReference(exact, kRows, width, scale.data()).data(), kRows * width, "normed",
+                        args.normed_dtype);
+    EXPECT_TRUE(sum.GuardsIntact() && normed.GuardsIntact());
+  }
+
+  const int64_t width;
+  const std::vector<float> x, delta, bias, scale;
+  const std::vector<int32_t> gather = {8, 0, 3, 3, 7, 1, 2};
+  Guarded sum, normed;
+  AddRmsNormArgs args;  // Points to the above.
+};
+
+template <typename T>
+std::vector<T> GatedReference(GateKind kind, int64_t rows, int64_t f, const std::vector<float>& x,
+                              const float* bias) {
+  std::vector<T> out(rows * f);
+  for (int64_t n = 0; n < rows; ++n) {
+    for (int64_t j = 0; j < f; ++j) {
+      T first = x[n * 2 * f + j], second = x[n * 2 * f + f + j];
+      if (bias != nullptr) first += bias[j], second += bias[f + j];
+      const auto sigmoid = [](T a) { return T(1) / (T(1) + std::exp(-a)); };
+      out[n * f + j] =
+          kind == GateKind::kSiluFirst ? first * sigmoid(first) * second : first * sigmoid(second);
+    }
+  }
+  return out;
+}
+
+// Where a sigmoid has to get it right: what to put in, and what twice its sigmoid is.
+struct SigmoidExtremes {
+  std::vector<float> in, twice;
+};
+inline SigmoidExtremes ExtremesOfSigmoid() {
+  const float inf = std::numeric_limits<float>::infinity(), big = 3e38f;
+  return {{inf, -inf, big, -big, 0.0f, -0.0f, kNaN, 88.8f, -88.8f, 1e-40f},
+          {2, 0, 2, 0, 1, 1, kNaN, 2, 0, 1}};
+}
+
+}  // namespace deltanet
+
+#endif  // DELTANET_TESTS_MODEL_OPS_NORM_ELEMENTWISE_PROBLEM_H_
