@@ -18,7 +18,7 @@ namespace {
 
 constexpr int kThreads = 20;
 constexpr int kSessionsPerThread = 10;
-constexpr int64_t kMaxTokens = 200;
+constexpr int64_t kMaxTokens = 1000;
 
 // One sequence, and how far its client knows it to be.
 struct Sequence {
@@ -83,7 +83,7 @@ class Worker {
   // connection is lost, and with it the sessions.
   void RunStream() {
     std::vector<Sequence> sequences;
-    for (int s = 0; s < kSessionsPerThread / 2; ++s) sequences.push_back(NewSequence());
+    for (int s = 0; s < kSessionsPerThread; ++s) sequences.push_back(NewSequence());
     const auto finished = [&] {
       return std::all_of(sequences.begin(), sequences.end(), [](const Sequence& s) { return s.done; });
     };
@@ -161,7 +161,7 @@ class Worker {
   // Sessions with names, moved between unary calls and streams that come and go.
   void RunNamed() {
     std::vector<Sequence> sequences;
-    for (int s = 0; s < kSessionsPerThread / 2; ++s) sequences.push_back(NewSequence());
+    for (int s = 0; s < kSessionsPerThread; ++s) sequences.push_back(NewSequence());
     for (size_t s = 0; s < sequences.size(); ++s) {
       Sequence& sequence = sequences[s];
       const std::string id = absl::StrCat("t", number_, "-", s);
@@ -248,6 +248,10 @@ TEST_P(Concurrency, EveryAnswerIsThatOfASoloRun) {
   EXPECT_EQ(server.Metric("deltanet_queued_works"), 0);
   EXPECT_EQ(server.Metric("deltanet_queued_tokens"), 0);
   EXPECT_EQ(server.Metric("deltanet_errors_total{reason=\"INTERNAL\"}"), 0);
+  // It was not all too easy.
+  for (const char* reason : {reason::kInvalidRequest, reason::kDeadline, reason::kSessionOutOfStep}) {
+    EXPECT_GT(server.Metric(absl::StrCat("deltanet_errors_total{reason=\"", reason, "\"}")), 0) << reason;
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Models, Concurrency,
