@@ -107,8 +107,7 @@ void ExpectError(const absl::Status& status, absl::StatusCode code, const char* 
   EXPECT_EQ(ErrorMetadata(status, "committed_position"), absl::StrCat(position)) << status;
 }
 
-// --- What comes out
-// -------------------------------------------------------------------------------------------------
+// --- What comes out ---
 
 TEST_F(BatcherTest, AStatelessSequenceIsAnsweredWholeAndKeepsNoSlot) {
   Make({.lookahead = 2});
@@ -260,8 +259,7 @@ INSTANTIATE_TEST_SUITE_P(Cases, BatcherStreamTest,
                                                info.param.max_steps_in_flight);
                          });
 
-// --- How steps are formed
-// -------------------------------------------------------------------------------------------
+// --- How steps are formed ---
 
 TEST_F(BatcherTest, ALoneLaneGetsTheWholeStepInMultiplesOf64) {
   Make({.max_step_tokens = 200});
@@ -317,12 +315,16 @@ TEST_F(BatcherTest, AWorkThatDoesNotFitKeepsItsPlaceAndAShorterOneGoes) {
   const Call first = Send(batcher_->OpenLane(0), RandomInput(1, 60));
   const Call second = Send(batcher_->OpenLane(0), RandomInput(2, 60));
   const Call third = Send(batcher_->OpenLane(0), RandomInput(3, 40));
+  const Call fourth = Send(batcher_->OpenLane(0), RandomInput(4, 60));
   EXPECT_TRUE(batcher_->RunOnce());
   EXPECT_TRUE(first.answered());
   EXPECT_FALSE(second.answered());
   EXPECT_TRUE(third.answered());
+  EXPECT_TRUE(batcher_->RunOnce());
+  EXPECT_TRUE(second.answered());
+  EXPECT_FALSE(fourth.answered());
   RunAll();
-  EXPECT_THAT(StepTokens(), ElementsAre(ElementsAre(60, 40), ElementsAre(60)));
+  EXPECT_THAT(StepTokens(), ElementsAre(ElementsAre(60, 40), ElementsAre(60), ElementsAre(60)));
 }
 
 TEST_F(BatcherTest, AtMostOneWorkOfALaneIsInAStep) {
@@ -375,8 +377,7 @@ TEST_F(BatcherTest, WhereSessionsHoldEverySlotWorkFailsInsteadOfWaitingForEver) 
   ExpectAtRest(1);
 }
 
-// --- Commit
-// ---------------------------------------------------------------------------------------------------------
+// --- Commit ---
 
 TEST_F(BatcherTest, AnErrorInTheSecondPieceLeavesTheLaneWhereItWas) {
   Make({.max_step_tokens = 64});
@@ -528,8 +529,7 @@ TEST_F(BatcherTest, AStepThatIsRefusedIsOurFault) {
   ExpectAtRest(0);
 }
 
-// --- Deadlines, cancellation, the end of a lane
-// ---------------------------------------------------------------------
+// --- Deadlines, cancellation, the end of a lane ---
 
 TEST_F(BatcherTest, ADeadlineHoldsToTheTick) {
   Make();
@@ -689,8 +689,7 @@ TEST_F(BatcherTest, ALaneWhoseEndFailedHasNotEnded) {
   EXPECT_EQ(again.output(), model_->ExpectedOutput(input));
 }
 
-// --- Admission, draining, destruction
-// -------------------------------------------------------------------------------
+// --- Admission, draining, destruction ---
 
 TEST_F(BatcherTest, TheQueueRefusesAtItsLimitOfWorks) {
   Make({}, 4, {.piece_tokens = 64, .max_queued_works = 2});
@@ -810,8 +809,7 @@ TEST_F(BatcherDeathTest, AWorkWithoutTokensThatDoesNotEndIsACheck) {
   EXPECT_DEATH(Send(batcher_->OpenLane(0), {}), "at least 1 token");
 }
 
-// --- Observation
-// ----------------------------------------------------------------------------------------------------
+// --- Observation ---
 
 TEST_F(BatcherTest, TimesAndStepsAreReported) {
   Make({.max_step_tokens = 64});
@@ -831,8 +829,7 @@ TEST_F(BatcherTest, TimesAndStepsAreReported) {
   EXPECT_EQ(recorder_.works[0].second.output_tokens, 100);
 }
 
-// --- Two models
-// -----------------------------------------------------------------------------------------------------
+// --- Two models ---
 
 class TwoModelsTest : public ::testing::Test {
  protected:
@@ -879,8 +876,7 @@ TEST_F(TwoModelsTest, AModelThatWasIdleHasSavedNothingUp) {
   EXPECT_THAT(turns_, ElementsAre(1, 0, 0, 1, 0, 0, 0, 1));
 }
 
-// --- Two steps in flight
-// --------------------------------------------------------------------------------------------
+// --- Two steps in flight ---
 
 TEST_F(BatcherTest, TheNextPieceIsLaunchedBehindTheOneInFlight) {
   Make({.max_step_tokens = 64, .max_steps_in_flight = 2});
@@ -899,6 +895,16 @@ TEST_F(BatcherTest, TheNextPieceIsLaunchedBehindTheOneInFlight) {
   EXPECT_EQ(model_->launched().size(), 3u);
   EXPECT_EQ(second.output(), Rows(model_->ExpectedOutput(input), 128, 2));
   ExpectAtRest(1);
+}
+
+TEST_F(BatcherTest, WorkWaitsForTheSlotOfAStepInFlight) {
+  Make({.num_slots = 1, .max_steps_in_flight = 2}, /*running_slots=*/1);
+  const Call a = Send(batcher_->OpenLane(0), RandomInput(1, 5), EndOfSequence());
+  const Call b = Send(batcher_->OpenLane(0), RandomInput(2, 5), EndOfSequence());
+  RunAll();
+  EXPECT_EQ(a.output(), model_->ExpectedOutput(RandomInput(1, 5)));
+  EXPECT_EQ(b.output(), model_->ExpectedOutput(RandomInput(2, 5)));
+  ExpectAtRest(0);
 }
 
 TEST_F(BatcherTest, AWorkThatFailsInFlightIsAnsweredWhenNoStepHasItAnyMore) {
@@ -951,8 +957,7 @@ TEST_F(BatcherTest, TimesOfStepsThatOverlapAreNotCountedTwice) {
   EXPECT_EQ(call.result().computing, absl::Seconds(2));
 }
 
-// --- With the batch thread
-// ------------------------------------------------------------------------------------------
+// --- With the batch thread ---
 
 TEST_F(BatcherTest, TheThreadRunsWhatComes) {
   Make();
@@ -1072,8 +1077,41 @@ TEST_F(GatheringTest, WakeEndsTheWait) {
   ExpectError(a.Wait().status, absl::StatusCode::kCancelled, reason::kCancelled, 1);
 }
 
-// --- Stress
-// ---------------------------------------------------------------------------------------------------------
+TEST_F(BatcherTest, AStepThatIsFullIsNotHeldBack) {
+  for (const int64_t lanes : {1, 16}) {
+    SCOPED_TRACE(lanes);
+    Make({.num_slots = 32}, /*running_slots=*/20);
+    model_->OnLaunch([this](int64_t) { clock_.Advance(absl::Seconds(10)); });
+    model_->Hold(0);
+    batcher_->Start();
+    const std::shared_ptr<Lane> answered = batcher_->OpenLane(0);
+    const Call call = Send(answered, RandomInput(1, 1));
+    model_->WaitUntilHeld(0);
+    std::vector<Call> full;
+    for (int64_t i = 0; i < lanes; ++i) {
+      full.push_back(Send(batcher_->OpenLane(0), RandomInput(1, lanes == 1 ? 256 : 1), EndOfSequence()));
+    }
+    model_->Release(0);
+    // While the clock stands: not after a tenth of the step.
+    for (const Call& other : full) EXPECT_TRUE(other.Wait().status.ok());
+    EXPECT_TRUE(call.answered());
+    batcher_.reset();
+  }
+}
+
+TEST_F(TwoModelsTest, OneIsNotHeldBackForClientsOfTheOther) {
+  models_[0]->Hold(0);
+  batcher_.Start();
+  const std::shared_ptr<Lane> answered = batcher_.OpenLane(0);
+  const Call call(&batcher_, 0, answered, RandomInput(1, 1));
+  models_[0]->WaitUntilHeld(0);
+  const Call other(&batcher_, 1, batcher_.OpenLane(1), RandomInput(1, 1), EndOfSequence());
+  models_[0]->Release(0);
+  EXPECT_TRUE(other.Wait().status.ok());  // While the clock stands.
+  EXPECT_TRUE(call.answered());
+}
+
+// --- Stress ---
 
 // Threads of clients over two models: streams in random chunks, pipelined, with deadlines, cancellations,
 // closings and steps that fail. Every answer is checked against what the lane had committed.
