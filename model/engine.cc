@@ -640,7 +640,8 @@ absl::StatusOr<std::vector<std::unique_ptr<Model>>> LoadModels(absl::Span<const 
   return CatchTorch("allocating state slots", [&]() -> absl::StatusOr<std::vector<std::unique_ptr<Model>>> {
     int64_t pool_bytes = options.pool_bytes;
     if (pool_bytes == 0)
-      pool_bytes = static_cast<int64_t>(0.9 * static_cast<double>(FreeDeviceBytes(options.device)));
+      pool_bytes =
+          static_cast<int64_t>(options.pool_fraction * static_cast<double>(FreeDeviceBytes(options.device)));
     const int64_t share = pool_bytes / std::max<int64_t>(1, static_cast<int64_t>(engines.size()));
     std::vector<std::unique_ptr<Model>> models;
     for (size_t i = 0; i < engines.size(); ++i) {

@@ -105,14 +105,14 @@ class Model {
 
 struct ModelOptions {
   Device device;
-  DType dtype =
-      DType::kFloat32;  // In which it computes: float32, or on CUDA bfloat16. State is always float32.
+  DType dtype = DType::kFloat32;  // What products are computed in: float32, or on CUDA bfloat16.
   int64_t max_step_tokens = 2048;
   int64_t max_step_rows = 256;
   // Memory for state slots, shared equally among the models that are loaded together: of each model as many
-  // as fit, at most max_slots, at least min_slots. 0, on CUDA only: 0.9 of what is free once all of them have
-  // their weights and have run their largest step.
+  // as fit, at most max_slots, at least min_slots. 0, on CUDA only: pool_fraction of what is free once all of
+  // them have their weights and have run their largest step.
   int64_t pool_bytes = 0;
+  double pool_fraction = 0.9;
   int64_t min_slots = 2;  // RESOURCE_EXHAUSTED if these do not fit in pool_bytes.
   int64_t max_slots = int64_t{1} << 20;
   int cpu_threads = 1;  // Threads of a step on the CPU, the batch thread included.

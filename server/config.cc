@@ -102,6 +102,12 @@ absl::Status ParseDevice(absl::string_view value, ServerConfig* config) {
   return absl::OkStatus();
 }
 
+absl::Status ParseDType(absl::string_view value, ServerConfig* config) {
+  if (value != "float32" && value != "bfloat16") return Wanted("float32 or bfloat16");
+  config->dtype = value == "float32" ? DType::kFloat32 : DType::kBFloat16;
+  return absl::OkStatus();
+}
+
 absl::Status ParseStateMemory(absl::string_view value, ServerConfig* config) {
   double percent = 0;
   absl::string_view number = value;
@@ -141,15 +147,19 @@ const std::vector<Flag>& Flags() {
       {"model", "NAME=DIR", "", "serve the model in directory DIR under NAME; repeat it for more (needed)",
        ParseModels, /*repeatable=*/true},
       {"device", "cpu|cuda", "cpu", "where the models run", ParseDevice},
+      {"dtype", "float32|bfloat16", "float32",
+       "what products are computed in, bfloat16 on CUDA only; session states are float32 always", ParseDType},
       {"listen", "HOST:PORT", "0.0.0.0:50051", "gRPC; port 0 picks a free one and the log says which",
        Address(&C::listen)},
       {"metrics-listen", "HOST:PORT", "0.0.0.0:9464", "HTTP: /metrics, /healthz, /readyz",
        Address(&C::metrics_listen)},
       {"max-sessions", "N", "0", "sessions of each model; 0: as many as the state memory holds",
        Integer(&C::max_sessions, 0, int64_t{1} << 20)},
-      {"state-memory", "BYTES|P%", "25%",
-       "memory for session states, shared equally among models: bytes (KiB, MiB, GiB), or percent of the\n"
-       "memory limit (of the cgroup, or what is available if that is less)",
+      {"state-memory", "BYTES|P%", "25% or 90%",
+       "memory for session states, shared equally among models: bytes (KiB, MiB, GiB), or percent; on the\n"
+       "CPU (default 25%) of the memory limit (of the cgroup, or what is available if that is less), on "
+       "CUDA\n"
+       "(default 90%) of what the models leave free on the device",
        ParseStateMemory},
       {"max-step-tokens", "N", "2048", "tokens of one step of the batch",
        Integer(&C::max_step_tokens, 64, 1 << 20)},

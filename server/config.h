@@ -27,11 +27,13 @@ struct ServerConfig {
 
   std::vector<std::pair<std::string, std::string>> models;  // Name, directory; names differ.
   DeviceType device = DeviceType::kCpu;
+  DType dtype = DType::kFloat32;
   HostPort listen{"0.0.0.0", 50051};
   HostPort metrics_listen{"0.0.0.0", 9464};
-  int64_t max_sessions = 0;            // Of each model; 0: what the memory allows.
-  int64_t state_memory_bytes = 0;      // Of all models together; 0: state_memory_percent counts.
-  double state_memory_percent = 25.0;  // Of the memory limit.
+  int64_t max_sessions = 0;        // Of each model; 0: what the memory allows.
+  int64_t state_memory_bytes = 0;  // Of all models together; 0: state_memory_percent counts.
+  // Of the memory limit on the CPU, of the device's memory that the models leave free on CUDA; 0: 25 and 90.
+  double state_memory_percent = 0;
   int64_t max_step_tokens = 2048;
   int64_t max_step_rows = 256;
   int64_t max_queued_requests = 4096;
