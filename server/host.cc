@@ -1,6 +1,7 @@
 #include "server/host.h"
 
 #include <sched.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <fstream>
@@ -112,6 +113,14 @@ int AvailableCpus(const std::string& root) {
     consider_quota(ReadInt(folder + "/cpu.cfs_quota_us"), ReadInt(folder + "/cpu.cfs_period_us"));
   }
   return static_cast<int>(cpus);
+}
+
+int64_t ResidentBytes(const std::string& root) {
+  // "size resident shared ...", in pages.
+  const std::string statm = ReadFile(root + "/proc/self/statm").value_or("");
+  const std::vector<absl::string_view> parts = absl::StrSplit(statm, ' ');
+  const std::optional<int64_t> pages = parts.size() < 2 ? std::nullopt : ParseInt(parts[1]);
+  return pages.value_or(0) * sysconf(_SC_PAGESIZE);
 }
 
 }  // namespace deltanet

@@ -15,6 +15,9 @@ int64_t MemoryLimitBytes(const std::string& root = "");
 // least 1.
 int AvailableCpus(const std::string& root = "");
 
+// Bytes of memory that this process has in RAM. 0 if that cannot be read.
+int64_t ResidentBytes(const std::string& root = "");
+
 }  // namespace deltanet
 
 #endif  // DELTANET_SERVER_HOST_H_

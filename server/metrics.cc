@@ -184,15 +184,31 @@ std::string Metrics::Text(const MetricsSnapshot& snapshot) const {
     AddGauge(static_cast<double>(model.slots_free), model_names_[m], &slots_free);
     AddGauge(static_cast<double>(model.session_bytes), model_names_[m], &session_bytes);
   }
-  prometheus::MetricFamily queued_works =
-      GaugeFamily("queued_works", "Spans of tokens that wait for their first step.");
-  AddGauge(static_cast<double>(snapshot.queued_works), "", &queued_works);
-  prometheus::MetricFamily queued_tokens = GaugeFamily("queued_tokens", "Tokens of theirs.");
-  AddGauge(static_cast<double>(snapshot.queued_tokens), "", &queued_tokens);
-  for (prometheus::MetricFamily* family :
-       {&sessions, &sessions_free, &slots_free, &session_bytes, &queued_works, &queued_tokens}) {
+  for (prometheus::MetricFamily* family : {&sessions, &sessions_free, &slots_free, &session_bytes}) {
     families.push_back(std::move(*family));
   }
+  const auto add = [&families](prometheus::MetricFamily family, double value) {
+    AddGauge(value, "", &family);
+    families.push_back(std::move(family));
+  };
+  add(GaugeFamily("queued_works", "Spans of tokens that wait for their first step."),
+      static_cast<double>(snapshot.queued_works));
+  add(GaugeFamily("queued_tokens", "Tokens of theirs."), static_cast<double>(snapshot.queued_tokens));
+  add(GaugeFamily("max_queued_works", "At so many queued_works, more are refused."),
+      static_cast<double>(snapshot.max_queued_works));
+  add(GaugeFamily("max_queued_tokens", "At so many queued_tokens, more are refused."),
+      static_cast<double>(snapshot.max_queued_tokens));
+  add(GaugeFamily("ready", "1 while requests are taken, 0 while the server drains."), snapshot.ready ? 1 : 0);
+  add({"process_start_time_seconds",
+       "When the server started, since 1970.",
+       prometheus::MetricType::Gauge,
+       {}},
+      absl::ToDoubleSeconds(snapshot.started - absl::UnixEpoch()));
+  add({"process_resident_memory_bytes",
+       "Memory that the process has in RAM.",
+       prometheus::MetricType::Gauge,
+       {}},
+      static_cast<double>(snapshot.resident_bytes));
   return prometheus::TextSerializer().Serialize(families);
 }
 

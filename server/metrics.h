@@ -15,7 +15,11 @@
 //   tokens_total{model}                    tokens computed
 //   sessions{model}, sessions_free{model}, slots_free{model}, session_bytes{model}    now
 //   queued_works, queued_tokens            now
+//   max_queued_works, max_queued_tokens    at which more are refused
+//   ready                                  1 while requests are taken, else 0
 //   build_info{version}                    1
+//
+// and, as other programs call them, process_start_time_seconds and process_resident_memory_bytes.
 #ifndef DELTANET_SERVER_METRICS_H_
 #define DELTANET_SERVER_METRICS_H_
 
@@ -50,6 +54,11 @@ struct MetricsSnapshot {
   std::vector<OfModel> models;  // In the order of their numbers.
   int64_t queued_works = 0;
   int64_t queued_tokens = 0;
+  int64_t max_queued_works = 0;
+  int64_t max_queued_tokens = 0;
+  bool ready = false;
+  absl::Time started = absl::UnixEpoch();
+  int64_t resident_bytes = 0;
 };
 
 // Thread-safe. Owned by the server; outlives the batcher, which it observes, and the service.

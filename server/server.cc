@@ -17,6 +17,7 @@
 #include "model/base/status_macros.h"
 #include "server/deltanet_service.h"
 #include "server/executor.h"
+#include "server/host.h"
 #include "server/http_server.h"
 #include "server/log.h"
 #include "server/metrics.h"
@@ -199,11 +200,17 @@ class Server::Impl {
     }
     snapshot.queued_works = batcher_.queued_works();
     snapshot.queued_tokens = batcher_.queued_tokens();
+    snapshot.max_queued_works = options_.batcher.max_queued_works;
+    snapshot.max_queued_tokens = options_.batcher.max_queued_tokens;
+    snapshot.ready = serving_;
+    snapshot.started = started_;
+    snapshot.resident_bytes = ResidentBytes();
     return snapshot;
   }
 
   // In the order of birth: what is below uses what is above.
   const ServerOptions options_;
+  const absl::Time started_ = options_.clock->Now();
   const std::vector<NamedModel> models_;
   Metrics metrics_;
   Batcher batcher_;

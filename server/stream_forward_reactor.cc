@@ -40,22 +40,22 @@ StreamForwardReactor::StreamForwardReactor(const ServiceContext* context, grpc::
       cancellation_(std::make_shared<Cancellation>()) {}
 
 void StreamForwardReactor::OnReadDone(bool ok) {
-  std::unique_ptr<Message> message = std::move(incoming_);
-  {
-    MutexLock lock(&mu_);
-    reading_ = false;
-    if (finished_) return;
-    if (ok) {
-      message->window_bytes = static_cast<int64_t>(message->request.input().data().size());
+  if (ok) {
+    std::unique_ptr<Message> message = std::move(incoming_);
+    message->arrival = context_->clock->Now();
+    message->window_bytes = static_cast<int64_t>(message->request.input().data().size());
+    {
+      MutexLock lock(&mu_);
+      if (finished_) return;
       ++window_messages_;
       window_bytes_ += message->window_bytes;
-    } else {
-      read_closed_ = true;
     }
-  }
-  if (ok) {
-    message->arrival = context_->clock->Now();
     Accept(std::move(message));
+  }
+  {
+    MutexLock lock(&mu_);
+    reading_ = false;  // Not before: the next message is accepted after this one.
+    if (!ok) read_closed_ = true;
   }
   Advance();
 }

@@ -48,7 +48,9 @@ struct Sequence {
 class Worker {
  public:
   Worker(TestServer* server, int number)
-      : server_(server), client_(server->Connect()), number_(number), random_(number) {}
+      : server_(server), client_(server->Connect()), number_(number), random_(number) {
+    EXPECT_TRUE(client_.ListModels().ok());  // Connected, before deadlines count.
+  }
 
   void Run() {
     RunStateless();
@@ -236,9 +238,11 @@ class Concurrency : public ::testing::TestWithParam<FakeModelOptions> {};
 
 TEST_P(Concurrency, EveryAnswerIsThatOfASoloRun) {
   TestServer server(GetParam());
+  std::vector<std::unique_ptr<Worker>> workers;
+  for (int t = 0; t < kThreads; ++t) workers.push_back(std::make_unique<Worker>(&server, t));
   std::vector<std::thread> threads;
-  for (int t = 0; t < kThreads; ++t) {
-    threads.emplace_back([&server, t] { Worker(&server, t).Run(); });
+  for (const std::unique_ptr<Worker>& worker : workers) {
+    threads.emplace_back([&worker] { worker->Run(); });
   }
   for (std::thread& thread : threads) thread.join();
   // Streams that were cancelled at the very end are gone as soon as the server hears of it.
