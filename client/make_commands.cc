@@ -4,9 +4,11 @@
 #include <cerrno>
 #include <cmath>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <map>
 #include <random>
+#include <system_error>
 #include <utility>
 
 #include "absl/strings/match.h"
@@ -42,6 +44,7 @@ class MakeModelCommand : public Command {
     flags->Add("output", "DIRECTORY", "where config.json and model.safetensors go; made if it is not there",
                &output_);
     flags->Require("output");
+    flags->Add("if-empty", "leave a directory that holds anything as it is", &if_empty_);
     flags->Add("d-model", "N", "width", 1, &d_model_);
     flags->Add("num-layers", "N", "layers (not transformer_block, which is one)", 1, &num_layers_);
     flags->Add("num-heads", "N", "heads, which divide the width (deltanet_model)", 1, &num_heads_);
@@ -80,6 +83,13 @@ class MakeModelCommand : public Command {
   }
 
   absl::Status Run(const Output& output) override {
+    if (if_empty_) {
+      std::error_code error;  // Reading what is no directory fails, and making it says so below.
+      if (std::filesystem::directory_iterator(output_, error) != std::filesystem::directory_iterator()) {
+        output.out << output_ << " is not empty: left as it is\n";
+        return absl::OkStatus();
+      }
+    }
     ASSIGN_OR_RETURN(const ModelConfig config, ParseModelConfig(ModelConfigJson(Config())));
     if (::mkdir(output_.c_str(), 0777) != 0 && errno != EEXIST) {
       return absl::ErrnoToStatus(errno, absl::StrCat("making the directory ", output_));
@@ -149,6 +159,7 @@ class MakeModelCommand : public Command {
 
   std::string family_;
   std::string output_;
+  bool if_empty_ = false;
   int64_t d_model_ = 64;
   int64_t num_layers_ = 1;
   int64_t num_heads_ = 8;

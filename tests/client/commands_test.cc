@@ -363,6 +363,24 @@ INSTANTIATE_TEST_SUITE_P(
                                              "3", "--num-layers", "2", "--vocab-size", "17", "--mlp-ratio",
                                              "2.5", "--conv-padding", "causal", "--dtype", "bfloat16"}));
 
+TEST_F(CommandsTest, ModelIsMadeIfEmptyAndElseLeft) {
+  const std::vector<std::string> arguments = {"make-model", "--family", "transformer_deltanet",
+                                              "--if-empty", "--output", Path("m")};
+  std::filesystem::create_directory(Path("m"));
+  ASSERT_EQ(RunCommand(arguments).exit_status, 0);
+  EXPECT_TRUE(ReadModelConfig(Path("m")).ok());
+
+  std::filesystem::remove(Path("m") + "/config.json");
+  const Result again = RunCommand(arguments);
+  EXPECT_EQ(again.exit_status, 0) << again.err;
+  EXPECT_EQ(again.out, Path("m") + " is not empty: left as it is\n");
+  EXPECT_FALSE(std::filesystem::exists(Path("m") + "/config.json"));
+
+  std::filesystem::remove_all(Path("m"));
+  ASSERT_EQ(RunCommand(arguments).exit_status, 0);
+  EXPECT_TRUE(ReadModelConfig(Path("m")).ok());
+}
+
 TEST_F(CommandsTest, ModelsAreScaledAndRepeatable) {
   const auto make = [this](const std::string& name, const std::string& seed) {
     EXPECT_EQ(RunCommand({"make-model", "--family", "transformer_deltanet", "--d-model", "16", "--seed", seed,
