@@ -25,8 +25,8 @@ class Server:
         self.log = []
         for line in self.process.stderr:
             self.log.append(line)
-            if match := re.search(r" listening host=(\S+) port=(\d+)", line):
-                self.address = ":".join(match.groups())
+            if match := re.search(r" listening host=(\S+) port=(\d+) metrics_host=(\S+) metrics_port=(\d+)", line):
+                self.address, self.metrics_address = (":".join(match.group(i, i + 1)) for i in (1, 3))
                 break
         else:
             raise RuntimeError(f"the server ended with {self.process.wait()} before it listened:\n{''.join(self.log)}")
