@@ -70,8 +70,8 @@ absl::Status GatherTaps(const RaggedRows& rows, const GatherTapsArgs& args, cons
     return absl::InvalidArgumentError(absl::StrCat("convolution taps have width ", args.width, " and lag ",
                                                    args.lag, ", want at least 1 and 0"));
   }
+  RETURN_IF_ERROR(CheckKernels(context, {args.dtype}));
   CUDA_DOOR(GatherTapsCuda(rows, args, context.stream));
-  RETURN_IF_ERROR(CheckOnCpu(context, {args.dtype}));
   if (rows.rows == 0) return absl::OkStatus();
   constexpr int64_t kTail = kConvTaps - 1;
   const CpuKernels& kernels = ActiveCpuKernels();
@@ -125,8 +125,8 @@ absl::Status ConvQkvActivation(const RaggedRows& rows, const ConvQkvActivationAr
     return absl::InvalidArgumentError(
         absl::StrCat("mixer's z_stride is ", args.z_stride, ", want at least ", width));
   }
+  RETURN_IF_ERROR(CheckKernels(context, {args.dtype}));
   CUDA_DOOR(ConvQkvActivationCuda(rows, args, context.stream));
-  RETURN_IF_ERROR(CheckOnCpu(context, {args.dtype}));
   if (rows.tokens == 0) return absl::OkStatus();
   const CpuKernels& kernels = ActiveCpuKernels();
   const auto run = [&](int64_t begin, int64_t end) {

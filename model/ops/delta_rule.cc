@@ -80,8 +80,8 @@ absl::Status Validate(const RaggedRows& rows, const DeltaRuleArgs& args) {
 
 absl::Status DeltaRule(const RaggedRows& rows, const DeltaRuleArgs& args, const OpContext& context) {
   RETURN_IF_ERROR(Validate(rows, args));
+  RETURN_IF_ERROR(CheckKernels(context, {args.dtype}));
   CUDA_DOOR(DeltaRuleCuda(rows, args, context.stream));
-  RETURN_IF_ERROR(CheckOnCpu(context, {args.dtype}));
   if (rows.rows == 0) return absl::OkStatus();
 
   const CpuKernels& kernels = ActiveCpuKernels();

@@ -38,9 +38,9 @@ struct DeltaRuleArgs {
 // Runs every row from its base slot (or zero) to its work slot. A row without tokens copies its state.
 // On the CPU the bits of a row's state and outputs depend on its own tokens and state alone: not on the other
 // rows, their order, the slots or the threads. They may depend on how a sequence is cut into rows. A token
-// with beta = 0 leaves every bit of the state as it was. INVALID_ARGUMENT if a size is not positive or the
-// dtype is not supported on the device; then nothing is written. FAILED_PRECONDITION if this build lacks the
-// device. Thread-safe: touches only what it is given.
+// with beta = 0 leaves the state as it was: on the CPU every bit of it, on CUDA but for the sign of a zero.
+// INVALID_ARGUMENT if a size is not positive or the dtype is not supported on the device; then nothing is
+// written. FAILED_PRECONDITION if this build lacks the device. Thread-safe: touches only what it is given.
 absl::Status DeltaRule(const RaggedRows& rows, const DeltaRuleArgs& args, const OpContext& context);
 
 // The definition, in scalar loops of type T (float or double), for one head: q, k [T,K], v, out [T,V], beta

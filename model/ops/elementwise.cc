@@ -25,8 +25,8 @@ absl::Status CheckSizes(const char* what, int64_t rows, int64_t width) {
 
 absl::Status GatedUnit(const GatedUnitArgs& args, const OpContext& context) {
   RETURN_IF_ERROR(CheckSizes("gated unit", args.rows, args.width));
+  RETURN_IF_ERROR(CheckKernels(context, {args.dtype}));
   CUDA_DOOR(GatedUnitCuda(args, context.stream));
-  RETURN_IF_ERROR(CheckOnCpu(context, {args.dtype}));
   const CpuKernels& kernels = ActiveCpuKernels();
   const int64_t f = args.width;
   const bool silu_first = args.kind == GateKind::kSiluFirst;
@@ -41,8 +41,8 @@ absl::Status GatedUnit(const GatedUnitArgs& args, const OpContext& context) {
 
 absl::Status Embed(const EmbedArgs& args, const OpContext& context) {
   RETURN_IF_ERROR(CheckSizes("embedding", args.rows, args.width));
+  RETURN_IF_ERROR(CheckKernels(context, {}));
   CUDA_DOOR(EmbedCuda(args, context.stream));
-  RETURN_IF_ERROR(CheckOnCpu(context, {}));
   const int64_t d = args.width;
   context.parallel_for(args.rows, GrainFor(kMinElements, d), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {

@@ -24,8 +24,8 @@ absl::Status AddRmsNorm(const AddRmsNormArgs& args, const OpContext& context) {
   if (args.scale == nullptr ? (args.sum == nullptr) == (args.normed == nullptr) : args.normed == nullptr) {
     return absl::InvalidArgumentError("RMSNorm wants normed, or without a scale one of sum and normed");
   }
+  RETURN_IF_ERROR(CheckKernels(context, {args.delta_dtype, args.normed_dtype}));
   CUDA_DOOR(AddRmsNormCuda(args, context.stream));
-  RETURN_IF_ERROR(CheckOnCpu(context, {args.delta_dtype, args.normed_dtype}));
   const CpuKernels& kernels = ActiveCpuKernels();
   const int64_t d = args.width;
   const float* const delta = static_cast<const float*>(args.delta);

@@ -53,15 +53,19 @@ void SetCpuKernelsForTesting(const CpuKernels* kernels) {
   kernels_for_testing.store(kernels, std::memory_order_release);
 }
 
-absl::Status CheckOnCpu(const OpContext& context, std::initializer_list<DType> dtypes) {
-  if (context.device.type != DeviceType::kCpu) {
+absl::Status CheckKernels(const OpContext& context, std::initializer_list<DType> dtypes) {
+  const bool on_cpu = context.device.type == DeviceType::kCpu;
+#ifndef DELTANET_CUDA
+  if (!on_cpu) {
     return absl::FailedPreconditionError(
         absl::StrCat("device is ", DeviceName(context.device), ", but this build has no CUDA support"));
   }
+#endif
   for (const DType dtype : dtypes) {
-    if (dtype != DType::kFloat32) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("dtype on the CPU is ", DTypeName(dtype), ", want float32"));
+    if (dtype != DType::kFloat32 && (on_cpu || dtype != DType::kBFloat16)) {
+      return absl::InvalidArgumentError(absl::StrCat("dtype on ", DeviceName(context.device), " is ",
+                                                     DTypeName(dtype), ", want float32",
+                                                     on_cpu ? "" : " or bfloat16"));
     }
   }
   return absl::OkStatus();

@@ -21,9 +21,9 @@ const CpuKernels& ActiveCpuKernels();
 // Null: back to the widest.
 void SetCpuKernelsForTesting(const CpuKernels* kernels);
 
-// FAILED_PRECONDITION unless the context's device is the CPU; INVALID_ARGUMENT unless all of `dtypes` are
-// float32.
-absl::Status CheckOnCpu(const OpContext& context, std::initializer_list<DType> dtypes);
+// FAILED_PRECONDITION if this build has no kernels for the context's device; INVALID_ARGUMENT unless those
+// that it has take all of `dtypes`: float32, on CUDA also bfloat16.
+absl::Status CheckKernels(const OpContext& context, std::initializer_list<DType> dtypes);
 
 // The row that token n of the step belongs to; 0 <= n < rows.tokens.
 int64_t RowOfToken(const RaggedRows& rows, int64_t n);
