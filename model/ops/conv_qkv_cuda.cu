@@ -12,11 +12,13 @@
 namespace deltanet {
 namespace {
 
-// The input `back` tokens before token n of `row` (0: its own): from x, or from the base slot's tail; null
-// before the start.
+// The input `back` tokens before token n of `row` (0: its own), which may be the one before its first: from x,
+// or from the base slot's tail; null where its position is invalid.
 __device__ inline const float* InputAt(const RaggedRows& rows, const GatherTapsArgs& args, int row, int64_t n,
                                        int64_t back) {
   const int64_t in_row = n - rows.offsets[row];
+  const int64_t position = rows.position[row] + in_row - args.lag - back;
+  if (position < 0 || position >= rows.end[row]) return nullptr;
   if (back <= in_row) return args.x + (n - back) * args.width;
   if (rows.fresh[row] != 0) return nullptr;
   return args.tail.at(rows.base_slot[row]) + (kConvTaps - 1 - (back - in_row)) * args.width;
@@ -28,13 +30,9 @@ __global__ void GatherTapsKernel(RaggedRows rows, GatherTapsArgs args) {
   const int64_t n = blockIdx.x;
   const int row = rows.token_row[n];
   const int64_t d = args.width;
-  const int64_t newest = rows.position[row] + (n - rows.offsets[row]) - args.lag;
   T* taps = static_cast<T*>(args.taps) + n * kConvTaps * d;
   for (int64_t j = 0; j < kConvTaps; ++j) {
-    const int64_t back = kConvTaps - 1 - j;
-    const int64_t position = newest - back;
-    const float* from =
-        position < 0 || position >= rows.end[row] ? nullptr : InputAt(rows, args, row, n, back);
+    const float* from = InputAt(rows, args, row, n, kConvTaps - 1 - j);
     float factor = 1.0f;
     if (from != nullptr && args.norm_scale != nullptr) {  // The same for all threads of the block.
       float squares = 0;
@@ -55,21 +53,19 @@ __global__ void GatherTapsKernel(RaggedRows rows, GatherTapsArgs args) {
   }
 }
 
-// A block is a row. Every thread reads its elements of both old inputs before it writes, so base may be work.
+// A block is a row. Every thread reads its elements of both inputs before it writes, so base may be work.
 __global__ void TailKernel(RaggedRows rows, GatherTapsArgs args) {
   const int row = blockIdx.x;
   const int64_t d = args.width;
-  const int64_t tokens = rows.offsets[row + 1] - rows.offsets[row];
-  const int64_t last = rows.offsets[row + 1] - 1;
-  const float* old = rows.fresh[row] != 0 ? nullptr : args.tail.at(rows.base_slot[row]);
+  const int64_t last = static_cast<int64_t>(rows.offsets[row + 1]) - 1;  // Before the row, if that is empty.
+  const float* older = InputAt(rows, args, row, last, 1);
+  const float* newer = InputAt(rows, args, row, last, 0);
   float* to = args.tail.at(rows.work_slot[row]);
   for (int64_t i = threadIdx.x; i < d; i += blockDim.x) {
-    const float old_older = old != nullptr ? old[i] : 0.0f;
-    const float old_newer = old != nullptr ? old[d + i] : 0.0f;
-    const float newer = tokens > 0 ? args.x[last * d + i] : old_newer;
-    const float older = tokens > 1 ? args.x[(last - 1) * d + i] : tokens == 1 ? old_newer : old_older;
-    to[i] = older;
-    to[d + i] = newer;
+    const float older_value = older != nullptr ? older[i] : 0.0f;
+    const float newer_value = newer != nullptr ? newer[i] : 0.0f;
+    to[i] = older_value;
+    to[d + i] = newer_value;
   }
 }
 
