@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "absl/functional/function_ref.h"
+#include "absl/strings/str_cat.h"
 #include "gtest/gtest.h"
 #include "model/ops/delta_rule.h"
 #include "tests/model/ops/op_test_util.h"
@@ -21,8 +22,7 @@ struct DeltaRuleSizes {
 };
 
 inline std::string SizesName(const DeltaRuleSizes& sizes) {
-  return "H" + std::to_string(sizes.heads) + "_K" + std::to_string(sizes.key_dim) + "_V" +
-         std::to_string(sizes.value_dim);
+  return absl::StrCat("H", sizes.heads, "_K", sizes.key_dim, "_V", sizes.value_dim);
 }
 
 // Inputs of a ragged batch in the layout of the engine (q, k, v and beta of a token side by side), and slots.
