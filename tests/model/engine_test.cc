@@ -19,6 +19,7 @@
 #include "model/base/safetensors.h"
 #include "model/device.h"
 #include "model/model.h"
+#include "tests/model/engine_modes.h"
 #include "tests/model/reference_model.h"
 #include "tests/testing/random_model.h"
 
@@ -26,28 +27,6 @@ namespace deltanet {
 namespace {
 
 constexpr double kTolerance = 1e-4;  // float32: of the output's largest magnitude.
-
-// Where and in what the engine computes.
-struct Mode {
-  std::string name;
-  Device device;
-  DType dtype = DType::kFloat32;
-};
-
-std::vector<Mode> Modes() {
-  std::vector<Mode> modes = {{"cpu_float32", {DeviceType::kCpu, 0}, DType::kFloat32}};
-#ifdef DELTANET_CUDA
-  modes.push_back({"cuda_float32", {DeviceType::kCuda, 0}, DType::kFloat32});
-  modes.push_back({"cuda_bfloat16", {DeviceType::kCuda, 0}, DType::kBFloat16});
-#endif
-  return modes;
-}
-
-#define SKIP_WITHOUT_DEVICE(mode)                                           \
-  if (const absl::Status there = CheckDevice((mode).device); !there.ok()) { \
-    GTEST_SKIP() << there.message();                                        \
-  }                                                                         \
-  static_assert(true)
 
 ModelOptions TestOptions(const Mode& mode = Modes().front()) {
   ModelOptions options;

@@ -1,0 +1,140 @@
+// What the engine holds on to: nothing, however many sessions come and go and whatever is refused.
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <deque>
+#include <fstream>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "model/base/config.h"
+#include "model/device.h"
+#include "model/model.h"
+#include "model/state_pool.h"
+#include "tests/model/engine_modes.h"
+#include "tests/testing/random_model.h"
+
+#ifdef __SANITIZE_ADDRESS__
+// What malloc refuses is to be refused, as without the sanitizer, not to end the process.
+extern "C" const char* __asan_default_options() { return "allocator_may_return_null=1"; }
+constexpr bool kAddressSanitizer = true;
+#else
+constexpr bool kAddressSanitizer = false;
+#endif
+
+namespace deltanet {
+namespace {
+
+constexpr int64_t kTokens = 3, kWidth = 16, kMaxStepTokens = 64;
+
+int64_t ResidentBytes() {
+  int64_t pages = 0, resident_pages = 0;
+  std::ifstream("/proc/self/statm") >> pages >> resident_pages;
+  return resident_pages * 4096;
+}
+
+class EngineMemoryTest : public testing::TestWithParam<Mode> {
+ protected:
+  void SetUp() override {
+    SKIP_WITHOUT_DEVICE(GetParam());
+    ModelConfig config;
+    config.family = Family::kTransformerDeltaNet;
+    config.d_model = kWidth;
+    config.chunk_size = 4;
+    config.num_layers = 2;
+    config.conv_padding = ConvPadding::kCausal;
+    directory_ = WriteRandomModel(config, 3);
+    options_.device = GetParam().device;
+    options_.dtype = GetParam().dtype;
+    options_.max_step_tokens = kMaxStepTokens;
+    options_.max_step_rows = 4;
+    options_.pool_bytes = int64_t{1} << 20;
+    options_.max_slots = 5;
+    for (size_t i = 0; i < input_.size(); ++i) input_[i] = 0.1f * static_cast<float>(i % 7);
+  }
+
+  void Load() {
+    auto model = LoadModel(directory_, options_);
+    ASSERT_TRUE(model.ok()) << model.status();
+    model_ = *std::move(model);
+  }
+
+  StepRow Row(int32_t slot, int64_t tokens) {
+    StepRow row;
+    row.work_slot = slot;
+    row.fresh = true;
+    row.tokens = tokens;
+    row.input = input_.data();
+    row.output = output_.data();
+    return row;
+  }
+
+  // One step of one fresh session in `slot`; every session says the same, whoever had its slot before.
+  void RunSession(int32_t slot) {
+    const StepRow row = Row(slot, kTokens);
+    const auto ticket = model_->Prepare({&row, 1});
+    ASSERT_TRUE(ticket.ok()) << ticket.status();
+    ASSERT_TRUE(model_->Launch(*ticket).ok());
+    const auto result = model_->Wait(*ticket);
+    ASSERT_TRUE(result.ok()) << result.status();
+    ASSERT_TRUE(result->rows[0].ok()) << result->rows[0];
+    if (first_output_.empty()) first_output_ = output_;
+    ASSERT_EQ(std::memcmp(output_.data(), first_output_.data(), kTokens * kWidth * sizeof(float)), 0);
+  }
+
+  std::string directory_;
+  ModelOptions options_;
+  std::unique_ptr<Model> model_;
+  std::vector<float> input_ = std::vector<float>((kMaxStepTokens + 1) * kWidth);
+  std::vector<float> output_ = input_;
+  std::vector<float> first_output_;
+};
+INSTANTIATE_TEST_SUITE_P(Modes, EngineMemoryTest, testing::ValuesIn(Modes()),
+                         [](const auto& info) { return info.param.name; });
+
+TEST_P(EngineMemoryTest, StaysFlatOverTenThousandSessions) {
+  ASSERT_NO_FATAL_FAILURE(Load());
+  StatePool slots(model_->description().num_slots);
+  std::deque<StateSlot> open;  // Closed in the order of opening, so that sessions go round the slots.
+  const auto sessions = [&](int count) {
+    for (int i = 0; i < count; ++i) {
+      if (open.size() == 4) open.pop_front();
+      auto slot = slots.Acquire();
+      ASSERT_TRUE(slot.ok()) << slot.status();
+      ASSERT_NO_FATAL_FAILURE(RunSession(slot->index()));
+      if (i % 10 == 0) {
+        const StepRow large = Row(slot->index(), kMaxStepTokens + 1);
+        ASSERT_EQ(model_->Prepare({&large, 1}).status().code(), absl::StatusCode::kInvalidArgument);
+      }
+      open.push_back(*std::move(slot));
+    }
+  };
+  ASSERT_NO_FATAL_FAILURE(sessions(500));
+  const int64_t free_before = FreeDeviceBytes(GetParam().device), resident_before = ResidentBytes();
+  ASSERT_NO_FATAL_FAILURE(sessions(10000));
+  EXPECT_GE(FreeDeviceBytes(GetParam().device), free_before);
+  // AddressSanitizer keeps what is freed for a while, and finds leaks by itself. 100 bytes a session show.
+  if (!kAddressSanitizer) {
+    EXPECT_LE(ResidentBytes() - resident_before, 1000000);
+  }
+}
+
+TEST_P(EngineMemoryTest, APoolBeyondTheMemoryIsRefusedAndTheNextLoadWorks) {
+  ASSERT_NO_FATAL_FAILURE(Load());  // What the process allocates once is there.
+  model_.reset();
+  const int64_t free_before = FreeDeviceBytes(GetParam().device);
+  ModelOptions absurd = options_;
+  absurd.pool_bytes = int64_t{1} << 50;
+  absurd.max_slots = absurd.pool_bytes;
+  const absl::Status refused = LoadModel(directory_, absurd).status();
+  EXPECT_EQ(refused.code(), absl::StatusCode::kResourceExhausted) << refused;
+  EXPECT_GE(FreeDeviceBytes(GetParam().device), free_before);
+  ASSERT_NO_FATAL_FAILURE(Load());
+  RunSession(0);
+}
+
+}  // namespace
+}  // namespace deltanet
