@@ -27,8 +27,8 @@ class ExamplesTest(unittest.TestCase):
             found = subprocess.run([*command, self.server.address], check=True, text=True, timeout=60,
                                    stdout=subprocess.PIPE).stdout
             pieces = [tuple(map(int, piece)) for piece in re.findall(r"(\d+) outputs from position (\d+)", found)]
-            self.assertEqual(pieces[0], (10, 0), "16 tokens less the look-ahead of 6 layers")
             self.assertEqual(sum(size for size, _ in pieces), 100)
+            self.assertIn(found, self.readme)
 
     def test_the_readme_shows_them(self):
         for name in ("stream.py", "stream.cc"):
