@@ -160,14 +160,17 @@ void ForwardReactor::FinishCall(absl::Status status) {
           absl::StrCat(created_ ? 0 : context_->batcher->committed_position(session_->lane)));
     }
   }
-  if (status.ok()) FillResponse(result);
   LogIfInternal("Forward", request_->request_id(), status);
   context_->metrics->OnRequestDone(Method::kForward, status);
   context_->metrics->OnLatency(Method::kForward, context_->clock->Now() - arrival_);
+  {
+    MutexLock lock(&mu_);
+    if (status.ok()) FillResponseLocked(result);
+  }
   Finish(ToGrpcStatus(status));
 }
 
-void ForwardReactor::FillResponse(const WorkResult& result) {
+void ForwardReactor::FillResponseLocked(const WorkResult& result) {
   const int64_t width = context_->batcher->description(model_).output_width;
   v1::Tensor* output = response_->mutable_output();
   output->set_dtype(ToProtoDType(input_.output_dtype));
@@ -184,12 +187,19 @@ void ForwardReactor::FillResponse(const WorkResult& result) {
 }
 
 void ForwardReactor::OnCancel() {
-  cancellation_->cancelled = true;
+  {
+    MutexLock lock(&mu_);
+    cancellation_->cancelled = true;
+  }
   context_->batcher->Wake();
 }
 
 void ForwardReactor::OnDone() {
-  context_->calls->Remove(active_call_);
+  {
+    MutexLock lock(
+        &mu_);  // Behind whoever called FinishCall: gRPC orders this, but ThreadSanitizer cannot see it.
+    context_->calls->Remove(active_call_);
+  }
   delete this;
 }
 

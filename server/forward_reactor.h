@@ -47,7 +47,7 @@ class ForwardReactor : public grpc::ServerUnaryReactor {
   void OnWorkDone(const WorkResult& result);
   // Everything is done: ends the call.
   void FinishCall(absl::Status status);
-  void FillResponse(const WorkResult& result);
+  void FillResponseLocked(const WorkResult& result) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   // Constant after construction.
   const ServiceContext* const context_;

@@ -166,6 +166,8 @@ class Server::Impl {
       grpc_server_->Shutdown(
           absl::ToChronoTime(Clock::Real()->Now() + (drained_ ? kCutAfter : absl::ZeroDuration())));
       grpc_server_->Wait();
+      DELTANET_CHECK(calls_.WaitUntilNone(options_.clock, absl::InfinitePast()),
+                     "a call outlives the server");
     }
     return drained_;
   }

@@ -41,12 +41,13 @@ StreamForwardReactor::StreamForwardReactor(const ServiceContext* context, grpc::
 
 void StreamForwardReactor::OnReadDone(bool ok) {
   if (ok) {
-    std::unique_ptr<Message> message = std::move(incoming_);
-    message->arrival = context_->clock->Now();
-    message->window_bytes = static_cast<int64_t>(message->request.input().data().size());
+    std::unique_ptr<Message> message;
     {
       MutexLock lock(&mu_);
       if (finished_) return;
+      message = std::move(incoming_);
+      message->arrival = context_->clock->Now();
+      message->window_bytes = static_cast<int64_t>(message->request.input().data().size());
       ++window_messages_;
       window_bytes_ += message->window_bytes;
     }
@@ -311,6 +312,7 @@ void StreamForwardReactor::Advance() {
   bool read = false;
   do {
     const v1::StreamForwardResponse* write = nullptr;
+    v1::StreamForwardRequest* read_into = nullptr;
     bool finish = false;
     absl::Status status;
     {
@@ -330,6 +332,7 @@ void StreamForwardReactor::Advance() {
       }
       if (MayReadLocked()) {
         incoming_ = std::make_unique<Message>();
+        read_into = &incoming_->request;
         reading_ = true;
         starting_read_ = true;
         read = true;
@@ -340,7 +343,7 @@ void StreamForwardReactor::Advance() {
       }
     }
     if (write != nullptr) StartWrite(write);
-    if (read) StartRead(&incoming_->request);
+    if (read) StartRead(read_into);
     if (finish) {
       // Before the client learns of the end: it may at once name the sessions elsewhere.
       context_->sessions->Detach(attachment_);
@@ -351,10 +354,10 @@ void StreamForwardReactor::Advance() {
 }
 
 void StreamForwardReactor::OnWriteDone(bool ok) {
-  if (!ok) cancellation_->cancelled = true;  // The call is dead.
   std::unique_ptr<Message> written;
   {
     MutexLock lock(&mu_);
+    if (!ok) cancellation_->cancelled = true;  // The call is dead.
     written = std::move(writing_);
     LeaveWindowLocked(*written);
   }
@@ -362,7 +365,10 @@ void StreamForwardReactor::OnWriteDone(bool ok) {
 }
 
 void StreamForwardReactor::OnCancel() {
-  cancellation_->cancelled = true;
+  {
+    MutexLock lock(&mu_);
+    cancellation_->cancelled = true;
+  }
   context_->batcher->Wake();
   Advance();
 }
@@ -378,10 +384,10 @@ void StreamForwardReactor::Drain() {
 }
 
 void StreamForwardReactor::OnDone() {
-  context_->calls->Remove(active_call_);
   std::shared_ptr<StreamForwardReactor> self;
   MutexLock lock(&mu_);
   self = std::move(self_);
+  context_->calls->Remove(active_call_);
 }
 
 }  // namespace deltanet

@@ -106,7 +106,6 @@ class StreamForwardReactor
   uint64_t active_call_ = 0;
 
   // Used by the reading side alone: a read is begun only after the one before it has been dealt with.
-  std::unique_ptr<Message> incoming_;
   std::string first_model_;
   bool first_message_ = true;
 
@@ -114,6 +113,7 @@ class StreamForwardReactor
   std::shared_ptr<StreamForwardReactor> self_ ABSL_GUARDED_BY(mu_);  // Until OnDone.
   std::map<SessionKey, StreamSession> sessions_ ABSL_GUARDED_BY(mu_);
   bool reading_ ABSL_GUARDED_BY(mu_) = false;
+  std::unique_ptr<Message> incoming_ ABSL_GUARDED_BY(mu_);  // Being read.
   bool starting_read_ ABSL_GUARDED_BY(mu_) =
       false;  // A thread is about to call StartRead: not yet time to finish.
   bool read_closed_ ABSL_GUARDED_BY(mu_) = false;  // The client has closed its side, or the call is dead.
