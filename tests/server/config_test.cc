@@ -1,0 +1,166 @@
+#include "server/config.h"
+
+#include <map>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_split.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace deltanet {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::Pair;
+
+absl::StatusOr<ServerConfig> Parse(const std::vector<std::string>& arguments,
+                                   const std::map<std::string, std::string>& environment = {}) {
+  return ParseServerConfig(arguments, [&](const char* name) -> const char* {
+    const auto found = environment.find(name);
+    return found == environment.end() ? nullptr : found->second.c_str();
+  });
+}
+
+TEST(Config, DefaultsAreThoseOfTheHelp) {
+  const auto config = Parse({"--model", "m=/models/m"});
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_THAT(config->models, ElementsAre(Pair("m", "/models/m")));
+  EXPECT_EQ(config->device, DeviceType::kCpu);
+  EXPECT_EQ(config->listen.host, "0.0.0.0");
+  EXPECT_EQ(config->listen.port, 50051);
+  EXPECT_EQ(config->metrics_listen.port, 9464);
+  EXPECT_EQ(config->max_message_bytes, 64 << 20);
+  EXPECT_EQ(config->drain_timeout, absl::Seconds(30));
+  EXPECT_EQ(config->state_memory_bytes, 0);
+  EXPECT_EQ(config->state_memory_percent, 0) << "the device decides";
+  const std::string help = ServerHelp();
+  for (const char* text :
+       {"--model NAME=DIR", "--listen HOST:PORT", "(default 0.0.0.0:50051)", "(default 0.0.0.0:9464)",
+        "(default 64MiB)", "(default 30s)", "(default 25% or 90%)", "(default 2048)", "(default 1048576)"}) {
+    EXPECT_THAT(help, HasSubstr(text));
+  }
+}
+
+TEST(Config, EveryFlag) {
+  const auto config = Parse(absl::StrSplit(
+      "--model=b=dir=with=equals --model a=x --device cuda --dtype bfloat16 --listen=[::1]:0 "
+      "--metrics-listen localhost:1 --max-sessions 5 --state-memory 2GiB --max-step-tokens 128 "
+      "--max-step-rows 3 --max-queued-requests 7 --max-queued-tokens 9 --session-ttl 1m30s "
+      "--max-session-ttl 2h --max-message-bytes 1MiB --drain-timeout 0 --threads 4",
+      ' '));
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_THAT(config->models, ElementsAre(Pair("b", "dir=with=equals"), Pair("a", "x")));
+  EXPECT_EQ(config->device, DeviceType::kCuda);
+  EXPECT_EQ(config->dtype, DType::kBFloat16);
+  EXPECT_EQ(config->listen.host, "::1");
+  EXPECT_EQ(config->listen.port, 0);
+  EXPECT_EQ(config->metrics_listen.host, "localhost");
+  EXPECT_EQ(config->max_sessions, 5);
+  EXPECT_EQ(config->state_memory_bytes, int64_t{2} << 30);
+  EXPECT_EQ(config->max_step_tokens, 128);
+  EXPECT_EQ(config->max_step_rows, 3);
+  EXPECT_EQ(config->max_queued_requests, 7);
+  EXPECT_EQ(config->max_queued_tokens, 9);
+  EXPECT_EQ(config->session_ttl, absl::Seconds(90));
+  EXPECT_EQ(config->max_session_ttl, absl::Hours(2));
+  EXPECT_EQ(config->max_message_bytes, 1 << 20);
+  EXPECT_EQ(config->drain_timeout, absl::ZeroDuration());
+  EXPECT_EQ(config->threads, 4);
+}
+
+TEST(Config, TheEnvironmentCountsWhereTheCommandLineSaysNothing) {
+  const auto config = Parse(
+      {"--max-sessions", "5"},
+      {{"DELTANET_MODEL", "a=1,b=2"}, {"DELTANET_MAX_SESSIONS", "9"}, {"DELTANET_STATE_MEMORY", "12.5%"}});
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_THAT(config->models, ElementsAre(Pair("a", "1"), Pair("b", "2")));
+  EXPECT_EQ(config->max_sessions, 5);
+  EXPECT_EQ(config->state_memory_percent, 12.5);
+  const auto wrong = Parse({"--model", "m=x"}, {{"DELTANET_THREADS", "many"}});
+  EXPECT_THAT(std::string(wrong.status().message()), HasSubstr("DELTANET_THREADS is \"many\", want"));
+}
+
+TEST(Config, HelpAndVersionNeedNoModel) {
+  EXPECT_TRUE(Parse({"--help"})->help);
+  EXPECT_TRUE(Parse({"--version"})->version);
+}
+
+struct Wrong {
+  std::vector<std::string> arguments;
+  const char* message;
+};
+
+class ConfigErrors : public ::testing::TestWithParam<Wrong> {};
+
+TEST_P(ConfigErrors, NameFlagFoundAndWanted) {
+  std::vector<std::string> arguments = {"--model", "m=x"};
+  arguments.insert(arguments.end(), GetParam().arguments.begin(), GetParam().arguments.end());
+  const auto config = Parse(arguments);
+  EXPECT_EQ(config.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(config.status().message()), HasSubstr(GetParam().message));
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Cases, ConfigErrors,
+    ::testing::Values(
+        Wrong{{"model"}, "\"model\" is no flag"}, Wrong{{"--modle", "x"}, "unknown flag --modle"},
+        Wrong{{"--model"}, "--model has no value, want NAME=DIR"},
+        Wrong{{"--model", "x"}, "--model is \"x\", want NAME=DIRECTORY"},
+        Wrong{{"--model", "a b=x"}, "want NAME=DIRECTORY"},
+        Wrong{{"--model", "m=y"}, "--model is \"m=y\", want names that differ"},
+        Wrong{{"--device", "gpu"}, "--device is \"gpu\", want cpu or cuda"},
+        Wrong{{"--listen", "50051"}, "--listen is \"50051\", want HOST:PORT"},
+        Wrong{{"--listen", ":50051"}, "want HOST:PORT"}, Wrong{{"--listen", "h:65536"}, "want HOST:PORT"},
+        Wrong{{"--listen", "::1:50051"}, "want HOST:PORT"},
+        Wrong{{"--max-sessions", "-1"}, "--max-sessions is \"-1\", want a whole number from 0"},
+        Wrong{{"--max-step-tokens", "63"}, "from 64"},
+        Wrong{{"--state-memory", "0"}, "--state-memory is \"0\", want bytes"},
+        Wrong{{"--state-memory", "101%"}, "want bytes"}, Wrong{{"--state-memory", "nan%"}, "want bytes"},
+        Wrong{{"--state-memory", "9223372036854775807KiB"}, "want bytes"},
+        Wrong{{"--session-ttl", "10"}, "--session-ttl is \"10\", want a duration"},
+        Wrong{{"--session-ttl", "25h"}, "want at most --max-session-ttl, 24h"},
+        Wrong{{"--max-message-bytes", "3GiB"}, "--max-message-bytes is \"3GiB\""},
+        Wrong{{"--threads", "2", "--threads", "3"}, "--threads is given twice"},
+        Wrong{{"--help=yes"}, "--help is \"yes\", want no value"}));
+
+TEST(Config, NoModelIsAnError) {
+  EXPECT_THAT(std::string(Parse({}).status().message()), HasSubstr("--model is not given"));
+}
+
+TEST(Config, MutatedArgumentsParseOrSayWhy) {
+  const std::vector<std::string> good = {
+      "--model", "m=/models/m",   "--listen", "127.0.0.1:50051",          "--state-memory",
+      "25%",     "--session-ttl", "10m",      "--max-message-bytes=64MiB"};
+  std::mt19937 random(7);
+  int accepted = 0;
+  for (int i = 0; i < 20000; ++i) {
+    std::vector<std::string> arguments = good;
+    for (int n = static_cast<int>(random() % 3) + 1; n > 0; --n) {
+      std::string* argument = &arguments[random() % arguments.size()];
+      const size_t at = argument->empty() ? 0 : random() % argument->size();
+      switch (random() % 3) {
+        case 0:
+          argument->insert(at, 1, static_cast<char>(random()));
+          break;
+        case 1:
+          argument->erase(at, 1);
+          break;
+        default:
+          if (!argument->empty()) (*argument)[at] = static_cast<char>(random());
+      }
+    }
+    const auto config = Parse(arguments);
+    accepted += config.ok() ? 1 : 0;
+    if (!config.ok()) {
+      EXPECT_EQ(config.status().code(), absl::StatusCode::kInvalidArgument);
+      EXPECT_FALSE(config.status().message().empty());
+    }
+  }
+  EXPECT_GT(accepted, 0);
+}
+
+}  // namespace
+}  // namespace deltanet

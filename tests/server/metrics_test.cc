@@ -1,0 +1,67 @@
+#include "server/metrics.h"
+
+#include <string>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "proto/wire.h"
+
+namespace deltanet {
+namespace {
+
+using ::testing::HasSubstr;
+
+TEST(Metrics, EachFeedShowsInItsSeries) {
+  Metrics metrics({"a", "b"}, "1.2.3");
+  metrics.OnRequestDone(Method::kForward, absl::OkStatus());
+  metrics.OnRequestDone(Method::kEndSession,
+                        MakeError(absl::StatusCode::kNotFound, reason::kSessionNotFound, "x"));
+  metrics.OnRequestDone(Method::kForward, absl::InternalError("without a reason"));
+  metrics.OnLatency(Method::kForward, absl::Milliseconds(3));
+  metrics.OnStreamMessage(MakeError(absl::StatusCode::kDeadlineExceeded, reason::kDeadline, "late"));
+  metrics.OnStep({.model = 1,
+                  .rows = 3,
+                  .tokens = 100,
+                  .prepare = absl::Microseconds(50),
+                  .compute = absl::Seconds(20)});
+  WorkResult result;
+  result.queued = absl::Microseconds(100);
+  result.computing = absl::Milliseconds(2);
+  metrics.OnWorkDone(0, result);
+  const std::string text = metrics.Text({{{1, 2, 3, 4}, {5, 6, 7, 8}}, 9, 10});
+  for (const char* sample : {
+           "deltanet_requests_total{code=\"OK\",method=\"Forward\"} 1",
+           "deltanet_requests_total{code=\"INTERNAL\",method=\"Forward\"} 1",
+           "deltanet_requests_total{code=\"NOT_FOUND\",method=\"EndSession\"} 1",
+           "deltanet_requests_total{code=\"UNAUTHENTICATED\",method=\"ListSessions\"} 0",
+           "deltanet_stream_messages_total{code=\"DEADLINE_EXCEEDED\"} 1",
+           "deltanet_errors_total{reason=\"SESSION_NOT_FOUND\"} 1",
+           "deltanet_errors_total{reason=\"DEADLINE\"} 1",
+           "deltanet_errors_total{reason=\"OTHER\"} 1",
+           "deltanet_request_duration_seconds_bucket{method=\"Forward\",le=\"0.0025\"} 0",
+           "deltanet_request_duration_seconds_bucket{method=\"Forward\",le=\"0.005\"} 1",
+           "deltanet_work_queued_seconds_bucket{model=\"a\",le=\"0.0001\"} 1",
+           "deltanet_work_compute_seconds_count{model=\"a\"} 1",
+           "deltanet_step_prepare_seconds_count{model=\"b\"} 1",
+           "deltanet_step_compute_seconds_bucket{model=\"b\",le=\"10\"} 0",
+           "deltanet_step_compute_seconds_bucket{model=\"b\",le=\"+Inf\"} 1",
+           "deltanet_step_tokens_sum{model=\"b\"} 100",
+           "deltanet_step_rows_bucket{model=\"b\",le=\"4\"} 1",
+           "deltanet_tokens_total{model=\"b\"} 100",
+           "deltanet_tokens_total{model=\"a\"} 0",
+           "deltanet_sessions{model=\"a\"} 1",
+           "deltanet_sessions_free{model=\"a\"} 2",
+           "deltanet_slots_free{model=\"b\"} 7",
+           "deltanet_session_bytes{model=\"b\"} 8",
+           "deltanet_queued_works 9",
+           "deltanet_queued_tokens 10",
+           "deltanet_build_info{version=\"1.2.3\"} 1",
+           "# TYPE deltanet_sessions gauge",
+           "# HELP deltanet_tokens_total ",
+       }) {
+    EXPECT_THAT(text, HasSubstr(sample));
+  }
+}
+
+}  // namespace
+}  // namespace deltanet
