@@ -3,7 +3,8 @@
 #
 #   deploy/test.sh           the release build and its tests
 #   deploy/test.sh --full    before that: AddressSanitizer with UndefinedBehaviorSanitizer over the tests,
-#                            ThreadSanitizer over those about threads, and Clang's thread-safety analysis
+#                            ThreadSanitizer over those about threads, and Clang's thread-safety analysis;
+#                            where a Docker engine answers, the images and the docker-compose stack
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 case ${1:-} in
@@ -26,6 +27,11 @@ if [ "$full" ]; then
   quietly tsan-test ctest --preset tsan -j"$(nproc)"
   build asan
   quietly asan-test ctest --preset asan -j"$(nproc)" -LE '^bench$'
+  if docker info >/dev/null 2>&1; then
+    tests/docker/stack_test.py
+  else
+    echo "docker: skipped, since no engine answers \`docker info\`"
+  fi
 fi
 build release
 ctest --preset release -j"$(nproc)"
