@@ -128,6 +128,10 @@ class Batcher::Impl {
   void Start() {
     DELTANET_CHECK(!started_, "the batch thread was started twice");
     started_ = true;
+    {
+      MutexLock lock(&mu_);
+      heartbeat_.progress = clock_->Now();
+    }
     thread_ = Thread("batcher", [this] { Run(); });
   }
 
@@ -149,6 +153,7 @@ class Batcher::Impl {
         return LaneError(*lane, absl::StatusCode::kUnavailable, reason::kDraining,
                          "the server is shutting down");
       }
+      if (device_lost_) return DeviceLostError(*lane);
       if (lane->closed || lane->ended) return EndedError(*lane);
       if (when_full == WhenFull::kRefuse) {
         if (queued_works_ >= options_.max_queued_works) {
@@ -219,6 +224,10 @@ class Batcher::Impl {
     MutexLock lock(&mu_);
     return queued_tokens_;
   }
+  Heartbeat heartbeat() const {
+    MutexLock lock(&mu_);
+    return heartbeat_;
+  }
 
   void StartDraining() {
     MutexLock lock(&mu_);
@@ -236,7 +245,10 @@ class Batcher::Impl {
 
   bool RunOnce() {
     DELTANET_CHECK(!started_, "RunOnce is for a batcher without a thread");
-    return Turn();
+    const bool acted = Turn();
+    MutexLock lock(&mu_);
+    heartbeat_.busy = false;
+    return acted;
   }
 
  private:
@@ -280,10 +292,16 @@ class Batcher::Impl {
     return LaneError(lane, absl::StatusCode::kNotFound, reason::kSessionEnded, "the session has ended");
   }
 
+  static absl::Status DeviceLostError(const Lane& lane) {
+    return LaneError(lane, absl::StatusCode::kInternal, reason::kInternal,
+                     "the device is lost; the server has to be started again");
+  }
+
   void Run() {
     while (true) {
       {
         MutexLock lock(&mu_);
+        heartbeat_.busy = !in_flight_.empty();
         while (!stopping_ && !woken_ && in_flight_.empty()) {
           const std::optional<int> next = NextModelLocked();
           if (GatheringLocked(next)) {
@@ -312,6 +330,7 @@ class Batcher::Impl {
     const absl::Time now = clock_->Now();
     {
       MutexLock lock(&mu_);
+      heartbeat_ = {now, /*busy=*/true};
       SweepLocked(now, &completions);
       step = FormStepLocked(now, &rows, &completions);
     }
@@ -419,6 +438,7 @@ class Batcher::Impl {
   absl::Status CheckHeadLocked(const Lane& lane, const QueuedWork& head, absl::Time now) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
     const Work& work = *head.work;
+    if (device_lost_) return DeviceLostError(lane);
     if (lane.closed) return ClosedError(lane);
     if (lane.ended) return EndedError(lane);
     if (!work.precondition.ok()) return WithPosition(lane, work.precondition);
@@ -595,6 +615,8 @@ class Batcher::Impl {
     if (ticket.ok()) {
       step.ticket = *ticket;
       status = served.model->Launch(*ticket);
+    } else if (absl::IsDataLoss(ticket.status())) {
+      status = ticket.status();
     } else {
       // Whatever it found wrong with the rows, it is not the client's mistake.
       status = MakeError(absl::StatusCode::kInternal, reason::kInternal,
@@ -630,8 +652,12 @@ class Batcher::Impl {
     last_step_end_ = end;
 
     std::vector<Completion> completions;
+    bool newly_lost = false;
     {
       MutexLock lock(&mu_);
+      heartbeat_.progress = end;
+      newly_lost = absl::IsDataLoss(outcome.status()) && !device_lost_;
+      device_lost_ = device_lost_ || newly_lost;
       Served& served = *models_[step.model];
       served.used += took;
       --served.steps_in_flight;
@@ -643,6 +669,8 @@ class Batcher::Impl {
         if (head.error.ok()) {
           if (lane->closed) {
             head.error = ClosedError(*lane);
+          } else if (absl::IsDataLoss(outcome.status())) {
+            head.error = DeviceLostError(*lane);
           } else if (!outcome.ok()) {
             head.error = WithPosition(*lane, outcome.status());
           } else if (!outcome->rows[i].ok()) {
@@ -659,7 +687,10 @@ class Batcher::Impl {
         if (!lane->queue.empty()) MakeReadyLocked(lane);
       }
     }
-    if (observer_ != nullptr) observer_->OnStep(seen);
+    if (observer_ != nullptr) {
+      observer_->OnStep(seen);
+      if (newly_lost) observer_->OnDeviceLost(outcome.status());
+    }
     Deliver(std::move(completions), GatherAfter{step.model, took});
   }
 
@@ -759,6 +790,8 @@ class Batcher::Impl {
   bool stopping_ ABSL_GUARDED_BY(mu_) = false;
   bool draining_ ABSL_GUARDED_BY(mu_) = false;
   bool woken_ ABSL_GUARDED_BY(mu_) = false;
+  bool device_lost_ ABSL_GUARDED_BY(mu_) = false;
+  Heartbeat heartbeat_ ABSL_GUARDED_BY(mu_);
   Waiting waiting_ ABSL_GUARDED_BY(mu_) = Waiting::kNo;  // How the batch thread waits, until it is notified.
   int64_t queued_works_ ABSL_GUARDED_BY(mu_) = 0;
   int64_t queued_tokens_ ABSL_GUARDED_BY(mu_) = 0;
@@ -798,6 +831,7 @@ int64_t Batcher::committed_position(const std::shared_ptr<Lane>& lane) const {
 int64_t Batcher::pending(const std::shared_ptr<Lane>& lane) const { return impl_->pending(*lane); }
 int64_t Batcher::queued_works() const { return impl_->queued_works(); }
 int64_t Batcher::queued_tokens() const { return impl_->queued_tokens(); }
+Heartbeat Batcher::heartbeat() const { return impl_->heartbeat(); }
 void Batcher::StartDraining() { impl_->StartDraining(); }
 bool Batcher::WaitUntilIdle(absl::Time deadline) { return impl_->WaitUntilIdle(deadline); }
 bool Batcher::RunOnce() { return impl_->RunOnce(); }

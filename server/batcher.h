@@ -11,6 +11,8 @@
 // cancellation or a deadline leaves the lane exactly where it was; later work of it is then refused
 // (SESSION_OUT_OF_STEP) until one says the right expected_position.
 //
+// A lost device (a model's DATA_LOSS) fails all work, what is queued and what comes later, with INTERNAL.
+//
 // The thread waits on an idle device for nothing, but for this: lanes that the last step has answered are
 // given up to `gather_fraction` of that step's time to come back, so that closed-loop clients do not fall
 // into small batches.
@@ -82,6 +84,15 @@ class BatchObserver {
   };
   virtual void OnStep(const Step& step) = 0;
   virtual void OnWorkDone(int model, const WorkResult& result) = 0;
+  // The device is lost, and with it all work: `status` is the model's DATA_LOSS, in full. At most once,
+  // before any of that work is answered.
+  virtual void OnDeviceLost(const absl::Status& status) = 0;
+};
+
+// Whether the batch thread lives.
+struct Heartbeat {
+  absl::Time progress;  // When it last began a turn or finished a step.
+  bool busy = false;    // It has been at something since then; else it waits for work.
 };
 
 struct BatcherOptions {
@@ -123,7 +134,8 @@ class Batcher {
   enum class WhenFull { kRefuse, kQueue };
   // Hands `*work` over if and only if the result is OK; otherwise `*work` is left as it was. UNAVAILABLE
   // (DRAINING) while draining; with kRefuse also UNAVAILABLE (QUEUE_FULL) where options.max_queued_* are
-  // reached. NOT_FOUND (SESSION_ENDED) on a closed or ended lane. Never blocks and never calls `done` itself.
+  // reached. NOT_FOUND (SESSION_ENDED) on a closed or ended lane. INTERNAL once the device is lost. Never
+  // blocks and never calls `done` itself.
   absl::Status Submit(const std::shared_ptr<Lane>& lane, std::unique_ptr<Work>* work, WhenFull when_full);
 
   // Ends a lane: queued work fails with CANCELLED (SESSION_ENDED), running work is given up at the next
@@ -138,6 +150,7 @@ class Batcher {
   // Works that have not been in a step, and tokens (flush tokens included) that have not been put into one.
   int64_t queued_works() const;
   int64_t queued_tokens() const;
+  Heartbeat heartbeat() const;
 
   // Refuses new work from now on.
   void StartDraining();

@@ -143,53 +143,70 @@ absl::Status ParseThreads(absl::string_view value, ServerConfig* config) {
 
 const std::vector<Flag>& Flags() {
   using C = ServerConfig;
-  static const std::vector<Flag>& flags = *new std::vector<Flag>{
-      {"model", "NAME=DIR", "", "serve the model in directory DIR under NAME; repeat it for more (needed)",
-       ParseModels, /*repeatable=*/true},
-      {"device", "cpu|cuda", "cpu", "where the models run", ParseDevice},
-      {"dtype", "float32|bfloat16", "float32",
-       "what products are computed in, bfloat16 on CUDA only; session states are float32 always", ParseDType},
-      {"listen", "HOST:PORT", "0.0.0.0:50051", "gRPC; port 0 picks a free one and the log says which",
-       Address(&C::listen)},
-      {"metrics-listen", "HOST:PORT", "0.0.0.0:9464", "HTTP: /metrics, /healthz, /readyz",
-       Address(&C::metrics_listen)},
-      {"max-sessions", "N", "0", "sessions of each model; 0: as many as the state memory holds",
-       Integer(&C::max_sessions, 0, int64_t{1} << 20)},
-      {"state-memory", "BYTES|P%", "25% or 90%",
-       "memory for session states, shared equally among models: bytes (KiB, MiB, GiB), or percent; on the\n"
-       "CPU (default 25%) of the memory limit (of the cgroup, or what is available if that is less), on "
-       "CUDA\n"
-       "(default 90%) of what the models leave free on the device",
-       ParseStateMemory},
-      {"max-step-tokens", "N", "2048", "tokens of one step of the batch",
-       Integer(&C::max_step_tokens, 64, 1 << 20)},
-      {"max-step-rows", "N", "256", "sequences of one step of the batch",
-       Integer(&C::max_step_rows, 1, 1 << 16)},
-      {"max-queued-requests", "N", "4096", "sequences that may wait; more are refused with UNAVAILABLE",
-       Integer(&C::max_queued_requests, 1, 1 << 24)},
-      {"max-queued-tokens", "N", "1048576", "tokens that may wait, and the most that one request may have",
-       Integer(&C::max_queued_tokens, 1, int64_t{1} << 40)},
-      {"session-ttl", "DURATION", "10m",
-       "a named session ends after this long without a message, unless it says otherwise",
-       Duration(&C::session_ttl, absl::Milliseconds(1), absl::Hours(24 * 365))},
-      {"max-session-ttl", "DURATION", "24h", "the most that a session may ask for",
-       Duration(&C::max_session_ttl, absl::Milliseconds(1), absl::Hours(24 * 365))},
-      {"max-message-bytes", "BYTES", "64MiB", "largest request and largest response", ParseMaxMessageBytes},
-      {"drain-timeout", "DURATION", "30s", "after SIGTERM, running work has this long to finish",
-       Duration(&C::drain_timeout, absl::ZeroDuration(), absl::Hours(24))},
-      {"threads", "N", "0", "threads that compute on the CPU; 0: as many as affinity and cgroup allow",
-       ParseThreads},
-      {"help", "", "", "print this and exit",
-       [](absl::string_view, ServerConfig* config) {
-         config->help = true;
-         return absl::OkStatus();
-       }},
-      {"version", "", "", "print the version and exit",
-       [](absl::string_view, ServerConfig* config) {
-         config->version = true;
-         return absl::OkStatus();
-       }},
-  };
+  static const std::
+      vector<Flag>&
+          flags = *new std::
+                      vector<Flag>{
+                          {"model", "NAME=DIR", "",
+                           "serve the model in directory DIR under NAME; repeat it for more (needed)",
+                           ParseModels, /*repeatable=*/true},
+                          {"device", "cpu|cuda", "cpu", "where the models run", ParseDevice},
+                          {"dtype", "float32|bfloat16", "float32",
+                           "what products are computed in, bfloat16 on CUDA only; session states are float32 "
+                           "always",
+                           ParseDType},
+                          {"listen", "HOST:PORT", "0.0.0.0:50051",
+                           "gRPC; port 0 picks a free one and the log says which", Address(&C::listen)},
+                          {"metrics-listen", "HOST:PORT", "0.0.0.0:9464", "HTTP: /metrics, /healthz, /readyz",
+                           Address(&C::metrics_listen)},
+                          {"max-sessions", "N", "0",
+                           "sessions of each model; 0: as many as the state memory holds",
+                           Integer(&C::max_sessions, 0, int64_t{1} << 20)},
+                          {"state-memory", "BYTES|P%", "25% or 90%",
+                           "memory for session states, shared equally among models: bytes (KiB, MiB, GiB), "
+                           "or percent; on the\n"
+                           "CPU (default 25%) of the memory limit (of the cgroup, or what is available if "
+                           "that is less), on "
+                           "CUDA\n"
+                           "(default 90%) of what the models leave free on the device",
+                           ParseStateMemory},
+                          {"max-step-tokens", "N", "2048", "tokens of one step of the batch",
+                           Integer(&C::max_step_tokens, 64, 1 << 20)},
+                          {"max-step-rows", "N", "256", "sequences of one step of the batch",
+                           Integer(&C::max_step_rows, 1, 1 << 16)},
+                          {"max-queued-requests", "N", "4096",
+                           "sequences that may wait; more are refused with UNAVAILABLE",
+                           Integer(&C::max_queued_requests, 1, 1 << 24)},
+                          {"max-queued-tokens", "N", "1048576",
+                           "tokens that may wait, and the most that one request may have",
+                           Integer(&C::max_queued_tokens, 1, int64_t{1} << 40)},
+                          {"session-ttl", "DURATION", "10m",
+                           "a named session ends after this long without a message, unless it says otherwise",
+                           Duration(&C::session_ttl, absl::Milliseconds(1), absl::Hours(24 * 365))},
+                          {"max-session-ttl", "DURATION", "24h", "the most that a session may ask for",
+                           Duration(&C::max_session_ttl, absl::Milliseconds(1), absl::Hours(24 * 365))},
+                          {"max-message-bytes", "BYTES", "64MiB", "largest request and largest response",
+                           ParseMaxMessageBytes},
+                          {"drain-timeout", "DURATION", "30s",
+                           "after SIGTERM, running work has this long to finish",
+                           Duration(&C::drain_timeout, absl::ZeroDuration(), absl::Hours(24))},
+                          {"step-timeout", "DURATION", "60s",
+                           "a step that takes longer turns health to NOT_SERVING until it ends",
+                           Duration(&C::step_timeout, absl::Seconds(1), absl::Hours(24))},
+                          {"threads", "N", "0",
+                           "threads that compute on the CPU; 0: as many as affinity and cgroup allow",
+                           ParseThreads},
+                          {"help", "", "", "print this and exit",
+                           [](absl::string_view, ServerConfig* config) {
+                             config->help = true;
+                             return absl::OkStatus();
+                           }},
+                          {"version", "", "", "print the version and exit",
+                           [](absl::string_view, ServerConfig* config) {
+                             config->version = true;
+                             return absl::OkStatus();
+                           }},
+                      };
   return flags;
 }
 
@@ -272,7 +289,12 @@ std::string ServerHelp() {
   absl::StrAppend(
       &help,
       "\nEach flag with a value can be given by the environment instead: DELTANET_MAX_SESSIONS for\n"
-      "--max-sessions, DELTANET_MODEL=NAME=DIR,NAME=DIR for several models. The command line wins.\n");
+      "--max-sessions, DELTANET_MODEL=NAME=DIR,NAME=DIR for several models. The command line wins.\n"
+      "\nExit status: 0 after SIGTERM or SIGINT and a drain (a second signal ends the process at once, by "
+      "that\n"
+      "signal); 1 if it cannot start; 2 for a wrong flag; 3 if the device is lost; 4 if a step still runs 10 "
+      "s\n"
+      "after the drain timeout.\n");
   return help;
 }
 

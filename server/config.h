@@ -42,6 +42,7 @@ struct ServerConfig {
   absl::Duration max_session_ttl = absl::Hours(24);
   int64_t max_message_bytes = int64_t{64} << 20;
   absl::Duration drain_timeout = absl::Seconds(30);
+  absl::Duration step_timeout = absl::Seconds(60);
   int threads = 0;  // 0: as many as the process may use.
 };
 

@@ -1,5 +1,4 @@
-// deltanet-server: reads the settings, loads the models, serves until SIGTERM or SIGINT.
-#include <signal.h>
+// deltanet-server: reads the settings, loads the models, serves.
 #include <unistd.h>
 
 #include <cstdio>
@@ -16,6 +15,7 @@
 #include "server/config.h"
 #include "server/host.h"
 #include "server/log.h"
+#include "server/serve.h"
 #include "server/server.h"
 
 namespace deltanet {
@@ -65,68 +65,31 @@ absl::StatusOr<std::vector<NamedModel>> LoadAll(const ServerConfig& config) {
   return named;
 }
 
-ServerOptions OptionsOf(const ServerConfig& config) {
-  ServerOptions options;
-  options.listen = config.listen;
-  options.metrics_listen = config.metrics_listen;
-  options.max_sessions = config.max_sessions;
-  options.batcher.max_queued_works = config.max_queued_requests;
-  options.batcher.max_queued_tokens = config.max_queued_tokens;
-  options.sessions.default_idle_ttl = config.session_ttl;
-  options.sessions.max_idle_ttl = config.max_session_ttl;
-  options.max_message_bytes = config.max_message_bytes;
-  return options;
-}
-
-absl::Status Serve(const ServerConfig& config) {
-  // Before there is any other thread: they inherit the mask, so that only sigwait sees these.
-  sigset_t signals;
-  sigemptyset(&signals);
-  sigaddset(&signals, SIGTERM);
-  sigaddset(&signals, SIGINT);
-  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
-  signal(SIGPIPE, SIG_IGN);
-
-  Log(LogLevel::kInfo, "starting", {{"version", ServerVersion()}});
-  ASSIGN_OR_RETURN(std::vector<NamedModel> models, LoadAll(config));
-  ASSIGN_OR_RETURN(const std::unique_ptr<Server> server, Server::Start(OptionsOf(config), std::move(models)));
-  Log(LogLevel::kInfo, "listening",
-      {{"host", config.listen.host},
-       {"port", absl::StrCat(server->port())},
-       {"metrics_host", config.metrics_listen.host},
-       {"metrics_port", absl::StrCat(server->metrics_port())}});
-
-  int received = 0;
-  sigwait(&signals, &received);
-  Log(LogLevel::kInfo, "draining",
-      {{"signal", absl::StrCat(received)}, {"timeout", absl::FormatDuration(config.drain_timeout)}});
-  pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);  // A second signal ends the process at once.
-  const bool drained = server->Shutdown(config.drain_timeout);
-  Log(drained ? LogLevel::kInfo : LogLevel::kWarning, "stopped", {{"drained", drained ? "true" : "false"}});
-  return absl::OkStatus();
-}
-
 int Main(int argc, char** argv) {
   const std::vector<std::string> arguments(argv + 1, argv + argc);
   const absl::StatusOr<ServerConfig> config =
       ParseServerConfig(arguments, [](const char* name) -> const char* { return std::getenv(name); });
   if (!config.ok()) {
     std::fprintf(stderr, "deltanet-server: %s\n", std::string(config.status().message()).c_str());
-    return 2;
+    return kExitUsage;
   }
   if (config->help) {
     std::fputs(ServerHelp().c_str(), stdout);
-    return 0;
+    return kExitOk;
   }
   if (config->version) {
     std::printf("deltanet-server %s\n", ServerVersion().c_str());
-    return 0;
+    return kExitOk;
   }
-  if (const absl::Status status = Serve(*config); !status.ok()) {
-    Log(LogLevel::kError, "failed", {{"message", status.message()}});
-    return 1;
+  BlockSignals();
+  Log(LogLevel::kInfo, "starting", {{"version", ServerVersion()}});
+  absl::StatusOr<std::vector<NamedModel>> models = LoadAll(*config);
+  if (!models.ok()) {
+    const std::string message(models.status().message());
+    Log(LogLevel::kError, "failed", {{"message", message}});
+    return kExitFailed;
   }
-  return 0;
+  return Serve(*config, *std::move(models));
 }
 
 }  // namespace

@@ -2,7 +2,6 @@
 
 #include <utility>
 
-#include "prometheus/gauge.h"
 #include "prometheus/text_serializer.h"
 #include "proto/wire.h"
 
@@ -124,6 +123,14 @@ Metrics::Metrics(const std::vector<std::string>& model_names, const std::string&
     model.tokens = &tokens.Add(labels);
     models_.push_back(model);
   }
+  stalls_ = &CounterFamily(&registry_, "batch_thread_stalls_total",
+                           "Times that the batch thread was at one step for longer than --step-timeout.")
+                 .Add({});
+  device_lost_ = &prometheus::BuildGauge()
+                      .Name("deltanet_device_lost")
+                      .Help("1 once the device is lost: only a new process helps.")
+                      .Register(registry_)
+                      .Add({});
   prometheus::BuildGauge()
       .Name("deltanet_build_info")
       .Help("1, labelled with the server's version.")
@@ -171,6 +178,10 @@ void Metrics::OnWorkDone(int model, const WorkResult& result) {
   models_[model].work_compute->Observe(absl::ToDoubleSeconds(result.computing));
 }
 
+void Metrics::OnStall() { stalls_->Increment(); }
+
+void Metrics::OnDeviceLost(const absl::Status&) { device_lost_->Set(1); }
+
 std::string Metrics::Text(const MetricsSnapshot& snapshot) const {
   std::vector<prometheus::MetricFamily> families = registry_.Collect();
   prometheus::MetricFamily sessions = GaugeFamily("sessions", "Sessions in use.");
@@ -199,6 +210,12 @@ std::string Metrics::Text(const MetricsSnapshot& snapshot) const {
   add(GaugeFamily("max_queued_tokens", "At so many queued_tokens, more are refused."),
       static_cast<double>(snapshot.max_queued_tokens));
   add(GaugeFamily("ready", "1 while requests are taken, 0 while the server drains."), snapshot.ready ? 1 : 0);
+  add(GaugeFamily("batch_thread_heartbeat_timestamp_seconds",
+                  "When the batch thread last got on, since 1970; while it is idle, when it last had work."),
+      absl::ToDoubleSeconds(snapshot.batch_thread_progress - absl::UnixEpoch()));
+  add(GaugeFamily("batch_thread_busy_seconds",
+                  "How long the batch thread has been at its present step; 0 while it waits for work."),
+      absl::ToDoubleSeconds(snapshot.batch_thread_busy));
   add({"process_start_time_seconds",
        "When the server started, since 1970.",
        prometheus::MetricType::Gauge,

@@ -17,6 +17,10 @@
 //   queued_works, queued_tokens            now
 //   max_queued_works, max_queued_tokens    at which more are refused
 //   ready                                  1 while requests are taken, else 0
+//   device_lost                            1 once the device is lost: only a new process helps
+//   batch_thread_heartbeat_timestamp_seconds    when the batch thread last got on, since 1970
+//   batch_thread_busy_seconds              how long it has been at its present step; 0: it waits for work
+//   batch_thread_stalls_total              times that this was longer than allowed
 //   build_info{version}                    1
 //
 // and, as other programs call them, process_start_time_seconds and process_resident_memory_bytes.
@@ -33,6 +37,7 @@
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "prometheus/counter.h"
+#include "prometheus/gauge.h"
 #include "prometheus/histogram.h"
 #include "prometheus/registry.h"
 #include "server/batcher.h"
@@ -57,6 +62,8 @@ struct MetricsSnapshot {
   int64_t max_queued_works = 0;
   int64_t max_queued_tokens = 0;
   bool ready = false;
+  absl::Time batch_thread_progress = absl::UnixEpoch();
+  absl::Duration batch_thread_busy;
   absl::Time started = absl::UnixEpoch();
   int64_t resident_bytes = 0;
 };
@@ -71,9 +78,12 @@ class Metrics : public BatchObserver {
   // How long an RPC took, or a message of a stream.
   void OnLatency(Method method, absl::Duration latency);
   void OnStreamMessage(const absl::Status& status);
+  // The batch thread does not get on.
+  void OnStall();
 
   void OnStep(const Step& step) override;
   void OnWorkDone(int model, const WorkResult& result) override;
+  void OnDeviceLost(const absl::Status& status) override;
 
   // The text format of Prometheus. `snapshot` is what is true now.
   std::string Text(const MetricsSnapshot& snapshot) const;
@@ -100,6 +110,8 @@ class Metrics : public BatchObserver {
   std::vector<std::pair<std::string, prometheus::Counter*>>
       errors_;  // By reason; the last counts all others.
   std::vector<OfModel> models_;
+  prometheus::Counter* stalls_ = nullptr;
+  prometheus::Gauge* device_lost_ = nullptr;
 };
 
 }  // namespace deltanet

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <functional>
 #include <utility>
 
 #include "absl/strings/match.h"
@@ -38,10 +39,10 @@ std::string Address(const HostPort& address) {
   return absl::StrCat(ipv6 ? "[" : "", address.host, ipv6 ? "]" : "", ":", address.port);
 }
 
-// Ends idle sessions about once a second.
+// Calls `work` about once a second, on a thread of its own.
 class Janitor {
  public:
-  Janitor(SessionStore* sessions, Clock* clock) : sessions_(sessions), clock_(clock) {
+  Janitor(Clock* clock, std::function<void()> work) : clock_(clock), work_(std::move(work)) {
     thread_ = Thread("janitor", [this] { Run(); });
   }
 
@@ -62,12 +63,12 @@ class Janitor {
         while (!stopping_ && clock_->Now() < next) clock_->WaitUntil(&stop_, &mu_, next);
         if (stopping_) return;
       }
-      sessions_->ExpireIdle();
+      work_();
     }
   }
 
-  SessionStore* const sessions_;
   Clock* const clock_;
+  const std::function<void()> work_;
 
   Mutex mu_;
   CondVar stop_;
@@ -92,7 +93,7 @@ class Server::Impl {
   Impl(const ServerOptions& options, std::vector<NamedModel> models)
       : options_(options),
         models_(SortedByName(std::move(models))),
-        metrics_(Names(models_), ServerVersion()),
+        metrics_(this, Names(models_)),
         batcher_(options.batcher, options.clock, &metrics_),
         sessions_(options.sessions, &batcher_, options.clock),
         service_(&context_) {
@@ -116,7 +117,10 @@ class Server::Impl {
 
   absl::Status Start() {
     batcher_.Start();
-    janitor_ = std::make_unique<Janitor>(&sessions_, options_.clock);
+    janitor_ = std::make_unique<Janitor>(options_.clock, [this] {
+      sessions_.ExpireIdle();
+      CheckBatchThread();
+    });
 
     grpc::EnableDefaultHealthCheckService(true);
     grpc::reflection::InitProtoReflectionServerBuilderPlugin();
@@ -136,7 +140,11 @@ class Server::Impl {
     if (grpc_server_ == nullptr || port_ == 0) {
       return absl::UnavailableError(absl::StrCat("cannot listen for gRPC on ", Address(options_.listen)));
     }
-    SetServing(true);
+    {
+      MutexLock lock(&health_mu_);
+      listening_ = true;
+      UpdateHealthLocked();
+    }
 
     HttpServer::Handlers handlers;
     handlers.metrics = [this] { return metrics_.Text(Snapshot()); };
@@ -149,9 +157,18 @@ class Server::Impl {
   int port() const { return port_; }
   int metrics_port() const { return http_server_->port(); }
 
+  bool device_lost() const {
+    MutexLock lock(&health_mu_);
+    return device_lost_;
+  }
+
   void StartDraining() {
-    if (grpc_server_ != nullptr) SetServing(false);
-    batcher_.StartDraining();
+    batcher_.StartDraining();  // First: who sees health turn is refused.
+    {
+      MutexLock lock(&health_mu_);
+      draining_ = true;
+      UpdateHealthLocked();
+    }
     calls_.StartDraining();
   }
 
@@ -186,12 +203,60 @@ class Server::Impl {
     return names;
   }
 
-  void SetServing(bool serving) {
+  // Hears of what turns health as well.
+  class Observer : public Metrics {
+   public:
+    Observer(Impl* server, const std::vector<std::string>& model_names)
+        : Metrics(model_names, ServerVersion()), server_(server) {}
+    void OnDeviceLost(const absl::Status& status) override {
+      Metrics::OnDeviceLost(status);
+      server_->OnDeviceLost(status);
+    }
+
+   private:
+    Impl* const server_;
+  };
+
+  void OnDeviceLost(const absl::Status& status) {
+    Log(LogLevel::kError, "device_lost", {{"status", status.ToString()}});
+    {
+      MutexLock lock(&health_mu_);
+      device_lost_ = true;
+      UpdateHealthLocked();
+    }
+    if (options_.on_device_lost) options_.on_device_lost();
+  }
+
+  // The watchdog.
+  void CheckBatchThread() {
+    const Heartbeat heartbeat = batcher_.heartbeat();
+    const absl::Duration since = options_.clock->Now() - heartbeat.progress;
+    const bool stalled = heartbeat.busy && since > options_.step_timeout;
+    {
+      MutexLock lock(&health_mu_);
+      if (stalled == stalled_) return;
+      stalled_ = stalled;
+      UpdateHealthLocked();
+    }
+    if (stalled) {
+      metrics_.OnStall();
+      Log(LogLevel::kError, "batch_thread_stalled",
+          {{"seconds", absl::StrCat(absl::ToInt64Seconds(since))},
+           {"timeout", absl::FormatDuration(options_.step_timeout)}});
+    } else {
+      Log(LogLevel::kWarning, "batch_thread_goes_on");
+    }
+  }
+
+  // Once draining, health stays as it is: gRPC's server may be gone.
+  void UpdateHealthLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(health_mu_) {
+    const bool serving = listening_ && !draining_ && !stalled_ && !device_lost_;
+    if (serving == serving_) return;
+    serving_ = serving;
     grpc::HealthCheckServiceInterface* health = grpc_server_->GetHealthCheckService();
     for (const NamedModel& model : models_) health->SetServingStatus(model.name, serving);
     health->SetServingStatus(v1::DeltaNetService::service_full_name(), serving);
     health->SetServingStatus("", serving);
-    serving_ = serving;
   }
 
   MetricsSnapshot Snapshot() const {
@@ -205,6 +270,9 @@ class Server::Impl {
     snapshot.max_queued_works = options_.batcher.max_queued_works;
     snapshot.max_queued_tokens = options_.batcher.max_queued_tokens;
     snapshot.ready = serving_;
+    const Heartbeat heartbeat = batcher_.heartbeat();
+    snapshot.batch_thread_progress = heartbeat.progress;
+    if (heartbeat.busy) snapshot.batch_thread_busy = options_.clock->Now() - heartbeat.progress;
     snapshot.started = started_;
     snapshot.resident_bytes = ResidentBytes();
     return snapshot;
@@ -214,17 +282,23 @@ class Server::Impl {
   const ServerOptions options_;
   const absl::Time started_ = options_.clock->Now();
   const std::vector<NamedModel> models_;
-  Metrics metrics_;
+  Observer metrics_;
   Batcher batcher_;
   SessionStore sessions_;
   ActiveCalls calls_;
   ServiceContext context_;
   DeltaNetService service_;
   std::unique_ptr<Janitor> janitor_;
-  std::atomic<bool> serving_{false};
+  std::atomic<bool> serving_{false};  // Written under health_mu_.
   int port_ = 0;
   std::unique_ptr<grpc::Server> grpc_server_;
   std::unique_ptr<HttpServer> http_server_;
+
+  mutable Mutex health_mu_;  // Held while gRPC's health service is told: what it hears last is true.
+  bool listening_ ABSL_GUARDED_BY(health_mu_) = false;
+  bool draining_ ABSL_GUARDED_BY(health_mu_) = false;
+  bool stalled_ ABSL_GUARDED_BY(health_mu_) = false;
+  bool device_lost_ ABSL_GUARDED_BY(health_mu_) = false;
 
   Mutex shutdown_mu_;
   bool shut_down_ ABSL_GUARDED_BY(shutdown_mu_) = false;
@@ -243,6 +317,7 @@ Server::~Server() = default;
 
 int Server::port() const { return impl_->port(); }
 int Server::metrics_port() const { return impl_->metrics_port(); }
+bool Server::device_lost() const { return impl_->device_lost(); }
 void Server::StartDraining() { impl_->StartDraining(); }
 bool Server::Shutdown(absl::Duration drain_timeout) { return impl_->Shutdown(drain_timeout); }
 

@@ -36,6 +36,12 @@ struct ServerOptions {
   // Unanswered or unwritten work of a stream, above which the stream is not read.
   int64_t stream_window_messages = 64;
   int64_t stream_window_bytes = int64_t{16} << 20;
+  // A batch thread that is at one step for longer than this turns health to NOT_SERVING until it gets on.
+  // Looked at about once a second.
+  absl::Duration step_timeout = absl::Seconds(60);
+  // Called once, on the batch thread, when the device is lost: health has turned to NOT_SERVING for good, and
+  // all work fails with INTERNAL. Only a new process helps. May be null.
+  std::function<void()> on_device_lost;
   Clock* clock = Clock::Real();  // Outlives the server.
 };
 
@@ -56,6 +62,8 @@ class Server {
   // Where it listens.
   int port() const;
   int metrics_port() const;
+
+  bool device_lost() const;
 
   // Health turns to NOT_SERVING and new work is refused (UNAVAILABLE, DRAINING); streams finish the work that
   // they have taken and end. Does not wait.

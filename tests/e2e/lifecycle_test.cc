@@ -4,6 +4,7 @@
 #include <grpcpp/generic/generic_stub.h>
 #include <grpcpp/security/credentials.h>
 
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <string>
@@ -15,6 +16,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/e2e/test_server.h"
+#include "tests/testing/fake_clock.h"
 
 namespace deltanet {
 namespace {
@@ -249,6 +251,72 @@ TEST(Lifecycle, ADrainThatTakesTooLongIsCut) {
   call.join();  // It is cut although its step hangs...
   server.model().Release(0);
   shutdown.join();  // ...and the server ends as soon as the step does.
+}
+
+TEST(Lifecycle, ALostDeviceTurnsHealthForGoodAndAnswersEverything) {
+  std::atomic<int> told{0};
+  ServerOptions options;
+  options.on_device_lost = [&] { ++told; };
+  TestServer server(FakeModelOptions{}, options);
+  server.model().FailWait(1, absl::DataLossError("CUDA: an illegal memory access"));
+  RawCall watch(server.target(), "/grpc.health.v1.Health/Watch", "");
+  EXPECT_EQ(watch.Read(), kServing);
+  const std::vector<float> input = RandomValues(1, 4);
+  const auto stream = server.client().OpenStream({});
+  StreamResponse response;
+  ASSERT_TRUE(stream->Write({.input = AllTokens(input)}) && stream->Read(&response));
+  EXPECT_TRUE(response.status.ok()) << response.status;
+  EXPECT_FALSE(server.server().device_lost());
+  EXPECT_EQ(server.Metric("deltanet_device_lost"), 0);
+
+  ASSERT_TRUE(stream->Write({.input = AllTokens(input)}) && stream->Read(&response));
+  EXPECT_EQ(response.status.code(), absl::StatusCode::kInternal);
+  EXPECT_EQ(ErrorReason(response.status), reason::kInternal);
+  EXPECT_THAT(std::string(response.status.message()), HasSubstr("the device is lost"));
+  EXPECT_EQ(response.committed_position, 4);
+  EXPECT_EQ(watch.Read(), kNotServing);
+  const absl::Status later = server.client().Forward(AllTokens(input), {}).status();
+  EXPECT_EQ(later.code(), absl::StatusCode::kInternal);
+  EXPECT_THAT(std::string(later.message()), HasSubstr("the device is lost"));
+  EXPECT_THAT(server.Get("/readyz"), HasSubstr("HTTP/1.1 503"));
+  EXPECT_EQ(server.Metric("deltanet_device_lost"), 1);
+  EXPECT_TRUE(server.server().device_lost());
+  EXPECT_EQ(told, 1);
+}
+
+TEST(Lifecycle, AStepThatHangsTurnsHealthUntilItEnds) {
+  FakeClock clock;
+  ServerOptions options;
+  options.clock = &clock;
+  options.step_timeout = absl::Seconds(60);
+  TestServer server(FakeModelOptions{}, options);
+  RawCall watch(server.target(), "/grpc.health.v1.Health/Watch", "");
+  EXPECT_EQ(watch.Read(), kServing);
+  server.model().Hold(0);
+  const std::vector<float> input = RandomValues(1, 4);
+  std::thread call([&] { EXPECT_TRUE(server.client().Forward(AllTokens(input), {}).ok()); });
+  server.model().WaitUntilHeld(0);
+  clock.WaitUntilTimedBlocked(1);  // The thread that looks.
+  clock.Advance(absl::Seconds(60));
+  clock.WaitUntilTimedBlocked(1);
+  EXPECT_EQ(*server.client().CheckHealth(""), HealthStatus::kServing);
+  EXPECT_EQ(server.Metric("deltanet_batch_thread_busy_seconds"), 60);
+
+  clock.Advance(absl::Seconds(1));
+  EXPECT_EQ(watch.Read(), kNotServing);
+  clock.WaitUntilTimedBlocked(1);
+  EXPECT_EQ(server.Metric("deltanet_ready"), 0);
+  EXPECT_EQ(server.Metric("deltanet_batch_thread_stalls_total"), 1);
+  const double heartbeat = server.Metric("deltanet_batch_thread_heartbeat_timestamp_seconds");
+  EXPECT_EQ(heartbeat, absl::ToUnixSeconds(clock.Now()) - 61);
+
+  server.model().Release(0);
+  call.join();
+  clock.WaitUntilBlocked(2);  // The batch thread waits for work again.
+  clock.Advance(absl::Seconds(1));
+  EXPECT_EQ(watch.Read(), kServing);
+  EXPECT_EQ(server.Metric("deltanet_ready"), 1);
+  EXPECT_EQ(server.Metric("deltanet_batch_thread_busy_seconds"), 0);
 }
 
 }  // namespace

@@ -16,9 +16,11 @@ def make_model(client, directory, family, **settings):
 
 
 class Server:
-    """A deltanet-server on free ports of 127.0.0.1. Ends with the `with` block, by SIGTERM; that it exits with 0 is checked."""
+    """A deltanet-server on free ports of 127.0.0.1. Ends with the `with` block, by SIGTERM; its exit status is checked."""
 
-    def __init__(self, program, models, *flags):
+    def __init__(self, program, models, *flags, status=0):
+        self.status = status
+        self.logged = threading.Condition()
         arguments = [program, "--listen=127.0.0.1:0", "--metrics-listen=127.0.0.1:0", *flags]
         arguments += [f"--model={name}={directory}" for name, directory in models.items()]
         self.process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
@@ -30,8 +32,22 @@ class Server:
                 break
         else:
             raise RuntimeError(f"the server ended with {self.process.wait()} before it listened:\n{''.join(self.log)}")
-        self.reader = threading.Thread(target=lambda: self.log.extend(self.process.stderr))
+        self.reader = threading.Thread(target=self.read_log)
         self.reader.start()
+
+    def read_log(self):
+        for line in self.process.stderr:
+            with self.logged:
+                self.log.append(line)
+                self.logged.notify_all()
+
+    def wait_for_log(self, text, timeout=60):
+        """Returns the first line with `text`, once it is there."""
+        found = lambda: next((line for line in self.log if text in line), None)
+        with self.logged:
+            if not self.logged.wait_for(found, timeout):
+                raise RuntimeError(f"the log has no {text!r}:\n{''.join(self.log)}")
+            return found()
 
     def __enter__(self):
         return self
@@ -44,8 +60,8 @@ class Server:
             self.process.kill()
             self.reader.join()
             self.process.stderr.close()
-        if status != 0:
-            raise RuntimeError(f"the server ended with {status}, want 0:\n{''.join(self.log)}")
+        if status != self.status:
+            raise RuntimeError(f"the server ended with {status}, want {self.status}:\n{''.join(self.log)}")
 
     def resident_bytes(self):
         statm = pathlib.Path(f"/proc/{self.process.pid}/statm").read_text()

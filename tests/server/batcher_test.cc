@@ -52,7 +52,9 @@ CallOptions Expecting(int64_t position) {
 struct Recorder : BatchObserver {
   void OnStep(const Step& step) override { steps.push_back(step); }
   void OnWorkDone(int model, const WorkResult& result) override { works.emplace_back(model, result); }
+  void OnDeviceLost(const absl::Status& status) override { losses.push_back(status); }
 
+  std::vector<absl::Status> losses;
   std::vector<Step> steps;
   std::vector<std::pair<int, WorkResult>> works;
 };
@@ -521,6 +523,41 @@ TEST_P(BatcherStepFailureTest, AFailedStepFailsItsWorksAndNothingElse) {
 INSTANTIATE_TEST_SUITE_P(Where, BatcherStepFailureTest, ::testing::Bool(),
                          [](const auto& info) { return info.param ? "Launch" : "Wait"; });
 
+TEST_P(BatcherStepFailureTest, ALostDeviceFailsAllWorkNowAndLater) {
+  Make({.max_step_rows = 1, .max_steps_in_flight = 2}, /*running_slots=*/4);
+  const std::vector<float> input = RandomInput(1, 4);
+  const std::shared_ptr<Lane> lane = batcher_->OpenLane(0);
+  Send(lane, Tokens(input, 0, 2));
+  RunAll();
+  const absl::Status lost = absl::DataLossError("CUDA: an illegal memory access");
+  for (int step = 1; step <= 2; ++step) {
+    if (GetParam()) {
+      model_->FailLaunch(step, lost);
+    } else {
+      model_->FailWait(step, lost);
+    }
+  }
+  const Call failing = Send(lane, Tokens(input, 2, 2));
+  const Call behind = Send(lane, Tokens(input, 2, 2));
+  CallOptions options;
+  options.then = [&](const WorkResult&) { EXPECT_EQ(recorder_.losses.size(), 1u); };
+  const Call in_flight = Send(batcher_->OpenLane(0), Tokens(input, 0, 2), std::move(options));
+  const Call queued = Send(batcher_->OpenLane(0), Tokens(input, 0, 2));
+  RunAll();
+  for (const Call* call : {&failing, &behind}) {
+    ExpectError(call->status(), absl::StatusCode::kInternal, reason::kInternal, 2);
+  }
+  for (const Call* call : {&in_flight, &queued}) {
+    ExpectError(call->status(), absl::StatusCode::kInternal, reason::kInternal, 0);
+    EXPECT_THAT(std::string(call->status().message()), HasSubstr("the device is lost"));
+  }
+  const Call later = Send(lane, Tokens(input, 2, 2), Expecting(2));
+  ExpectError(later.submitted(), absl::StatusCode::kInternal, reason::kInternal, 2);
+  ASSERT_EQ(recorder_.losses.size(), 1u);
+  EXPECT_EQ(recorder_.losses[0], lost);
+  ExpectAtRest(1);
+}
+
 TEST_F(BatcherTest, AStepThatIsRefusedIsOurFault) {
   Make({.takes_tokens = true});  // But the calls send values.
   const Call call = Send(batcher_->OpenLane(0), RandomInput(1, 2));
@@ -974,6 +1011,26 @@ TEST_F(BatcherTest, TheThreadRunsWhatComes) {
   EXPECT_EQ(joined, model_->ExpectedOutput(input));
   EXPECT_TRUE(batcher_->WaitUntilIdle(absl::InfiniteFuture()));
   EXPECT_EQ(batcher_->pending(lane), 0);
+}
+
+TEST_F(BatcherTest, TheHeartbeatSaysSinceWhenTheThreadIsAtAStep) {
+  Make({.max_step_tokens = 64});
+  model_->Hold(0);
+  batcher_->Start();
+  clock_.WaitUntilBlocked(1);
+  EXPECT_FALSE(batcher_->heartbeat().busy);
+  clock_.Advance(absl::Seconds(5));
+  const absl::Time begun = clock_.Now();
+  const Call call = Send(batcher_->OpenLane(0), RandomInput(1, 2), EndOfSequence());
+  model_->WaitUntilHeld(0);
+  clock_.Advance(absl::Seconds(7));
+  EXPECT_TRUE(batcher_->heartbeat().busy);
+  EXPECT_EQ(batcher_->heartbeat().progress, begun);
+  model_->Release(0);
+  call.Wait();
+  clock_.WaitUntilBlocked(1);
+  EXPECT_FALSE(batcher_->heartbeat().busy);
+  EXPECT_EQ(batcher_->heartbeat().progress, clock_.Now());
 }
 
 TEST_F(BatcherTest, TheThreadEndsAfterTheStepInFlight) {
