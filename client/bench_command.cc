@@ -52,6 +52,7 @@ class BenchCommand : public Command {
     ASSIGN_OR_RETURN(const ModelInfo model, client.GetModel(model_));
     LoadOptions options;
     options.server = server_.server;
+    options.client = server_.options();
     options.model = model.name;
     options.sessions = sessions_;
     options.connections = connections_;

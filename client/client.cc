@@ -2,7 +2,9 @@
 
 #include <grpcpp/grpcpp.h>
 
+#include <fstream>
 #include <limits>
+#include <sstream>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -20,6 +22,34 @@ namespace {
 void SetTimeout(absl::Duration timeout, grpc::ClientContext* context) {
   if (timeout == absl::InfiniteDuration()) return;
   context->set_deadline(absl::ToChronoTime(absl::Now() + timeout));
+}
+
+absl::StatusOr<std::string> ReadFile(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::ostringstream text;
+  if (!(text << file.rdbuf())) {
+    return absl::InvalidArgumentError(absl::StrCat("cannot read ", path, ", want a PEM file"));
+  }
+  return text.str();
+}
+
+absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> MakeCredentials(
+    const std::optional<TlsOptions>& tls) {
+  if (!tls) return grpc::InsecureChannelCredentials();
+  if (tls->certificate.empty() != tls->key.empty()) {
+    return absl::InvalidArgumentError(absl::StrCat("a client's certificate needs its key: certificate is \"",
+                                                   tls->certificate, "\", key is \"", tls->key,
+                                                   "\", want both or neither"));
+  }
+  grpc::SslCredentialsOptions options;
+  if (!tls->ca.empty()) {
+    ASSIGN_OR_RETURN(options.pem_root_certs, ReadFile(tls->ca));
+  }
+  if (!tls->certificate.empty()) {
+    ASSIGN_OR_RETURN(options.pem_cert_chain, ReadFile(tls->certificate));
+    ASSIGN_OR_RETURN(options.pem_private_key, ReadFile(tls->key));
+  }
+  return grpc::SslCredentials(options);
 }
 
 }  // namespace
@@ -119,7 +149,8 @@ absl::StatusOr<std::shared_ptr<grpc::Channel>> MakeChannel(const std::string& ta
   arguments.SetUserAgentPrefix(absl::StrCat("deltanet-client/", ClientVersion()));
   // Otherwise gRPC gives all channels of a process to one server the same connection.
   arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
-  return grpc::CreateCustomChannel(target, grpc::InsecureChannelCredentials(), arguments);
+  ASSIGN_OR_RETURN(const auto credentials, MakeCredentials(options.tls));
+  return grpc::CreateCustomChannel(target, credentials, arguments);
 }
 
 absl::StatusOr<Client> Client::Connect(const std::string& target, const ClientOptions& options) {

@@ -38,7 +38,16 @@ struct Tensor {
   TensorView view() const { return {data.data(), shape, dtype, Device{}}; }
 };
 
+// Paths of PEM files.
+struct TlsOptions {
+  std::string ca;           // Roots that vouch for the server; empty: those that gRPC finds on this machine.
+  std::string certificate;  // This client's, for servers that want one; with `key`, or neither.
+  std::string key;
+};
+
 struct ClientOptions {
+  // Read by Connect; INVALID_ARGUMENT names a file that cannot be read. Nothing: without TLS.
+  std::optional<TlsOptions> tls;
   // Largest message that is taken from the server; a larger one is RESOURCE_EXHAUSTED.
   int64_t max_message_bytes = int64_t{1} << 30;
   // Of the calls that compute nothing: all but Forward and OpenStream, which have their own.
@@ -166,7 +175,7 @@ enum class HealthStatus { kUnknown, kServing, kNotServing };
 // only be destroyed.
 class Client {
  public:
-  // `target` as gRPC names servers: "host:port", "unix:/path". Without TLS. Nothing is sent yet: a server
+  // `target` as gRPC names servers: "host:port", "unix:/path". Nothing is sent yet: a server
   // that is not there is UNAVAILABLE in the first call, and one that comes back is found again. Each Client
   // has its own TCP connection. INVALID_ARGUMENT for an empty target or options out of range.
   static absl::StatusOr<Client> Connect(const std::string& target, const ClientOptions& options);

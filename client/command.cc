@@ -56,6 +56,16 @@ std::string Describe(const absl::Status& status) {
 
 void ServerFlags::AddTo(FlagSet* flags) {
   flags->Add("server", "HOST:PORT", "address of the server", &server);
+  flags->Add("tls-ca", "FILE", "use TLS; roots (PEM) that vouch for the server", &tls.ca);
+  flags->Add("tls-cert", "FILE", "use TLS; the client's certificate (PEM), for servers that want one",
+             &tls.certificate);
+  flags->Add("tls-key", "FILE", "its private key (PEM)", &tls.key);
+}
+
+ClientOptions ServerFlags::options() const {
+  ClientOptions options;
+  if (!tls.ca.empty() || !tls.certificate.empty() || !tls.key.empty()) options.tls = tls;
+  return options;
 }
 
 void AddModelFlag(FlagSet* flags, std::string* model) {

@@ -45,9 +45,11 @@ std::unique_ptr<Command> NewHealthCommand();
 // The flags of every command that talks to a server.
 struct ServerFlags {
   std::string server = "localhost:50051";
+  TlsOptions tls;
 
   void AddTo(FlagSet* flags);
-  absl::StatusOr<Client> Connect() const { return Client::Connect(server, {}); }
+  ClientOptions options() const;
+  absl::StatusOr<Client> Connect() const { return Client::Connect(server, options()); }
 };
 void AddModelFlag(FlagSet* flags, std::string* model);
 

@@ -536,7 +536,7 @@ absl::StatusOr<LoadReport> GenerateLoad(const LoadOptions& options,
   Course course(options);
   std::vector<std::unique_ptr<Connection>> connections;
   for (int64_t i = 0; i < options.connections; ++i) {
-    ASSIGN_OR_RETURN(std::shared_ptr<grpc::Channel> channel, MakeChannel(options.server, {}));
+    ASSIGN_OR_RETURN(std::shared_ptr<grpc::Channel> channel, MakeChannel(options.server, options.client));
     connections.push_back(std::make_unique<Connection>(options, i, std::move(channel), &course));
   }
   std::vector<std::thread> threads;

@@ -16,6 +16,7 @@ namespace deltanet {
 
 struct LoadOptions {
   std::string server;
+  ClientOptions client;
   std::string model;
   int64_t sessions = 1;     // Streams of one session each; with `unary`, calls that may run at a time.
   int64_t connections = 1;  // TCP connections, with a thread each; at most `sessions`.

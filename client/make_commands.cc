@@ -178,7 +178,7 @@ class MakeInputCommand : public Command {
     flags->Add("shape", "B,T[,d]", "sizes; with --server only T or B,T, and the model says the rest", 1,
                &shape_);
     flags->Require("shape");
-    flags->Add("server", "HOST:PORT", "ask this server what its model takes", &server_);
+    server_.AddTo(flags);
     AddModelFlag(flags, &model_);
     flags->Add("vocab", "N", "ids in [0, N) instead of normally distributed values", 1, &vocab_);
     flags->Add("seed", "N", "of the random numbers", 0, &seed_);
@@ -187,8 +187,9 @@ class MakeInputCommand : public Command {
   }
 
   absl::Status CheckFlags(const FlagSet& flags) const override {
-    if (server_.empty() && flags.given("model")) return absl::InvalidArgumentError("--model wants --server");
-    if (!server_.empty() && vocab_)
+    if (server_.server.empty() && flags.given("model"))
+      return absl::InvalidArgumentError("--model wants --server");
+    if (!server_.server.empty() && vocab_)
       return absl::InvalidArgumentError("--vocab and --server exclude each other");
     double elements = 1;
     for (const int64_t size : shape_) elements *= static_cast<double>(size);
@@ -202,8 +203,8 @@ class MakeInputCommand : public Command {
   absl::Status Run(const Output& output) override {
     Shape shape(shape_.begin(), shape_.end());
     std::optional<int64_t> vocab = vocab_;
-    if (!server_.empty()) {
-      ASSIGN_OR_RETURN(const Client client, Client::Connect(server_, {}));
+    if (!server_.server.empty()) {
+      ASSIGN_OR_RETURN(const Client client, server_.Connect());
       ASSIGN_OR_RETURN(const ModelInfo model, client.GetModel(model_));
       if (model.vocab_size > 0) {
         vocab = model.vocab_size;
@@ -232,7 +233,7 @@ class MakeInputCommand : public Command {
 
  private:
   std::vector<int64_t> shape_;
-  std::string server_;
+  ServerFlags server_{.server = ""};  // Asked what its model takes.
   std::string model_;
   std::optional<int64_t> vocab_;
   int64_t seed_ = 0;

@@ -78,6 +78,14 @@ Parser Address(HostPort ServerConfig::*field) {
   };
 }
 
+Parser TlsFile(std::string TlsFiles::*field) {
+  return [=](absl::string_view value, ServerConfig* config) {
+    if (value.empty()) return Wanted("the path of a PEM file");
+    config->tls.*field = std::string(value);
+    return absl::OkStatus();
+  };
+}
+
 absl::Status ParseModels(absl::string_view value, ServerConfig* config) {
   for (const absl::string_view item : absl::StrSplit(value, ',')) {
     const std::pair<absl::string_view, absl::string_view> parts =
@@ -157,8 +165,20 @@ const std::vector<Flag>& Flags() {
                            ParseDType},
                           {"listen", "HOST:PORT", "0.0.0.0:50051",
                            "gRPC; port 0 picks a free one and the log says which", Address(&C::listen)},
-                          {"metrics-listen", "HOST:PORT", "0.0.0.0:9464", "HTTP: /metrics, /healthz, /readyz",
-                           Address(&C::metrics_listen)},
+                          {"tls-cert", "FILE", "",
+                           "serve gRPC over TLS with the certificate (chain) in this PEM file, and "
+                           "--tls-key; without both, in the\n"
+                           "clear. All three files are read again every few seconds, for a certificate that "
+                           "is renewed",
+                           TlsFile(&TlsFiles::certificate)},
+                          {"tls-key", "FILE", "", "its private key, in PEM and without a passphrase",
+                           TlsFile(&TlsFiles::key)},
+                          {"tls-client-ca", "FILE", "",
+                           "mutual TLS: refuse clients without a certificate that these roots (PEM) vouch "
+                           "for",
+                           TlsFile(&TlsFiles::client_ca)},
+                          {"metrics-listen", "HOST:PORT", "0.0.0.0:9464",
+                           "HTTP, never TLS: /metrics, /healthz, /readyz", Address(&C::metrics_listen)},
                           {"max-sessions", "N", "0",
                            "sessions of each model; 0: as many as the state memory holds",
                            Integer(&C::max_sessions, 0, int64_t{1} << 20)},
@@ -268,6 +288,13 @@ absl::StatusOr<ServerConfig> ParseServerConfig(absl::Span<const std::string> arg
   }
   if (config.models.empty()) {
     return absl::InvalidArgumentError("--model is not given, want NAME=DIR at least once");
+  }
+  if (config.tls.certificate.empty() != config.tls.key.empty() ||
+      (config.tls.certificate.empty() && !config.tls.client_ca.empty())) {
+    const auto given = [](const std::string& path) { return path.empty() ? "not given" : path; };
+    return absl::InvalidArgumentError(absl::StrCat("--tls-cert is ", given(config.tls.certificate),
+                                                   " and --tls-key is ", given(config.tls.key), ", want both",
+                                                   config.tls.client_ca.empty() ? " or neither" : ""));
   }
   if (config.session_ttl > config.max_session_ttl) {
     return absl::InvalidArgumentError(

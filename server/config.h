@@ -13,6 +13,7 @@
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "model/base/tensor_view.h"
+#include "server/tls.h"
 
 namespace deltanet {
 
@@ -29,6 +30,7 @@ struct ServerConfig {
   DeviceType device = DeviceType::kCpu;
   DType dtype = DType::kFloat32;
   HostPort listen{"0.0.0.0", 50051};
+  TlsFiles tls;  // As paths; what is in them is not looked at.
   HostPort metrics_listen{"0.0.0.0", 9464};
   int64_t max_sessions = 0;        // Of each model; 0: what the memory allows.
   int64_t state_memory_bytes = 0;  // Of all models together; 0: state_memory_percent counts.

@@ -32,6 +32,7 @@ sigset_t ShutdownSignals() {
 ServerOptions OptionsOf(const ServerConfig& config) {
   ServerOptions options;
   options.listen = config.listen;
+  options.tls = config.tls;
   options.metrics_listen = config.metrics_listen;
   options.max_sessions = config.max_sessions;
   options.batcher.max_queued_works = config.max_queued_requests;

@@ -116,6 +116,7 @@ class Server::Impl {
   ~Impl() { Shutdown(absl::ZeroDuration()); }
 
   absl::Status Start() {
+    ASSIGN_OR_RETURN(const auto credentials, MakeServerCredentials(options_.tls));
     batcher_.Start();
     janitor_ = std::make_unique<Janitor>(options_.clock, [this] {
       sessions_.ExpireIdle();
@@ -125,7 +126,7 @@ class Server::Impl {
     grpc::EnableDefaultHealthCheckService(true);
     grpc::reflection::InitProtoReflectionServerBuilderPlugin();
     grpc::ServerBuilder builder;
-    builder.AddListeningPort(Address(options_.listen), grpc::InsecureServerCredentials(), &port_);
+    builder.AddListeningPort(Address(options_.listen), credentials, &port_);
     builder.RegisterService(&service_);
     builder.SetMaxReceiveMessageSize(static_cast<int>(options_.max_message_bytes));
     builder.SetMaxSendMessageSize(static_cast<int>(options_.max_message_bytes));

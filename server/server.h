@@ -15,6 +15,7 @@
 #include "server/clock.h"
 #include "server/config.h"
 #include "server/session_store.h"
+#include "server/tls.h"
 
 namespace deltanet {
 
@@ -28,6 +29,7 @@ struct NamedModel {
 
 struct ServerOptions {
   HostPort listen{"127.0.0.1", 0};
+  TlsFiles tls;  // Of `listen`; HTTP has none.
   HostPort metrics_listen{"127.0.0.1", 0};
   int64_t max_sessions = 0;  // Of each model; 0: as many as its slots allow.
   BatcherOptions batcher;    // max_queued_tokens also bounds a request.
@@ -53,7 +55,7 @@ int64_t RunningSlots(const ModelDescription& model, int64_t max_sessions);
 class Server {
  public:
   // Serves the models, of which there is at least one and whose names differ. UNAVAILABLE, naming the
-  // address, if it cannot listen.
+  // address, if it cannot listen; INVALID_ARGUMENT as CheckTlsFiles.
   static absl::StatusOr<std::unique_ptr<Server>> Start(const ServerOptions& options,
                                                        std::vector<NamedModel> models);
   // Shutdown without waiting.

@@ -49,7 +49,8 @@ TEST(Config, EveryFlag) {
       "--model=b=dir=with=equals --model a=x --device cuda --dtype bfloat16 --listen=[::1]:0 "
       "--metrics-listen localhost:1 --max-sessions 5 --state-memory 2GiB --max-step-tokens 128 "
       "--max-step-rows 3 --max-queued-requests 7 --max-queued-tokens 9 --session-ttl 1m30s "
-      "--max-session-ttl 2h --max-message-bytes 1MiB --drain-timeout 0 --threads 4",
+      "--max-session-ttl 2h --max-message-bytes 1MiB --drain-timeout 0 --step-timeout 5m --threads 4 "
+      "--tls-cert c.pem --tls-key k.pem --tls-client-ca r.pem",
       ' '));
   ASSERT_TRUE(config.ok()) << config.status();
   EXPECT_THAT(config->models, ElementsAre(Pair("b", "dir=with=equals"), Pair("a", "x")));
@@ -68,7 +69,11 @@ TEST(Config, EveryFlag) {
   EXPECT_EQ(config->max_session_ttl, absl::Hours(2));
   EXPECT_EQ(config->max_message_bytes, 1 << 20);
   EXPECT_EQ(config->drain_timeout, absl::ZeroDuration());
+  EXPECT_EQ(config->step_timeout, absl::Minutes(5));
   EXPECT_EQ(config->threads, 4);
+  EXPECT_EQ(config->tls.certificate, "c.pem");
+  EXPECT_EQ(config->tls.key, "k.pem");
+  EXPECT_EQ(config->tls.client_ca, "r.pem");
 }
 
 TEST(Config, TheEnvironmentCountsWhereTheCommandLineSaysNothing) {
@@ -123,6 +128,11 @@ INSTANTIATE_TEST_SUITE_P(
         Wrong{{"--session-ttl", "10"}, "--session-ttl is \"10\", want a duration"},
         Wrong{{"--session-ttl", "25h"}, "want at most --max-session-ttl, 24h"},
         Wrong{{"--max-message-bytes", "3GiB"}, "--max-message-bytes is \"3GiB\""},
+        Wrong{{"--tls-cert", "c.pem"},
+              "--tls-cert is c.pem and --tls-key is not given, want both or neither"},
+        Wrong{{"--tls-client-ca", "c.pem"}, "--tls-cert is not given and --tls-key is not given, want both"},
+        Wrong{{"--tls-key", ""}, "--tls-key is \"\", want the path of a PEM file"},
+        Wrong{{"--step-timeout", "0"}, "--step-timeout is \"0\", want a duration from 1s"},
         Wrong{{"--threads", "2", "--threads", "3"}, "--threads is given twice"},
         Wrong{{"--help=yes"}, "--help is \"yes\", want no value"}));
 
