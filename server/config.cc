@@ -131,13 +131,15 @@ absl::Status ParseStateMemory(absl::string_view value, ServerConfig* config) {
   return absl::OkStatus();
 }
 
-absl::Status ParseMaxMessageBytes(absl::string_view value, ServerConfig* config) {
-  const int64_t bytes = ParseBytes(value);
-  // gRPC counts in int.
-  if (bytes < 64 * 1024 || bytes > INT32_MAX)
-    return Wanted("bytes (with KiB, MiB or GiB if you like) from 64KiB to 2147483647");
-  config->max_message_bytes = bytes;
-  return absl::OkStatus();
+Parser Bytes(int64_t ServerConfig::*field, int64_t least, int64_t most) {
+  return [=](absl::string_view value, ServerConfig* config) {
+    const int64_t bytes = ParseBytes(value);
+    if (bytes < least || bytes > most) {
+      return Wanted(absl::StrCat("bytes (with KiB, MiB or GiB if you like) from ", least, " to ", most));
+    }
+    config->*field = bytes;
+    return absl::OkStatus();
+  };
 }
 
 absl::Status ParseThreads(absl::string_view value, ServerConfig* config) {
@@ -205,8 +207,32 @@ const std::vector<Flag>& Flags() {
                            Duration(&C::session_ttl, absl::Milliseconds(1), absl::Hours(24 * 365))},
                           {"max-session-ttl", "DURATION", "24h", "the most that a session may ask for",
                            Duration(&C::max_session_ttl, absl::Milliseconds(1), absl::Hours(24 * 365))},
+                          {"max-sessions-per-peer", "N", "0",
+                           "sessions of one client (its certificate, or else its address), of all models; 0: "
+                           "no limit",
+                           Integer(&C::max_sessions_per_peer, 0, int64_t{1} << 20)},
+                          // gRPC counts in int.
                           {"max-message-bytes", "BYTES", "64MiB", "largest request and largest response",
-                           ParseMaxMessageBytes},
+                           Bytes(&C::max_message_bytes, 64 * 1024, INT32_MAX)},
+                          {"max-response-bytes", "BYTES", "0",
+                           "largest output of one message, looked at before it is computed; 0: what the "
+                           "response may weigh",
+                           Bytes(&C::max_response_bytes, 0, INT32_MAX)},
+                          {"max-concurrent-streams", "N",
+                           "1000", "calls at a time on one connection; more wait at the client",
+                           Integer(&C::max_concurrent_streams, 1, INT32_MAX)},
+                          {"keepalive-time", "DURATION", "30s",
+                           "a connection that is silent for this long is asked whether it is there",
+                           Duration(&C::keepalive_time, absl::Seconds(1), absl::Hours(24))},
+                          {"keepalive-timeout", "DURATION", "10s",
+                           "and is cut, its sessions freed, if no answer comes for this long",
+                           Duration(&C::keepalive_timeout, absl::Milliseconds(100), absl::Hours(1))},
+                          {"max-connection-age", "DURATION", "0",
+                           "clients connect anew after this long; 0: never",
+                           Duration(&C::max_connection_age, absl::ZeroDuration(), absl::Hours(24 * 365))},
+                          {"max-connection-age-grace", "DURATION", "60s",
+                           "and calls that still run on the old connection are cut then",
+                           Duration(&C::max_connection_age_grace, absl::ZeroDuration(), absl::Hours(24))},
                           {"drain-timeout", "DURATION", "30s",
                            "after SIGTERM, running work has this long to finish",
                            Duration(&C::drain_timeout, absl::ZeroDuration(), absl::Hours(24))},

@@ -42,7 +42,14 @@ struct ServerConfig {
   int64_t max_queued_tokens = int64_t{1} << 20;
   absl::Duration session_ttl = absl::Minutes(10);
   absl::Duration max_session_ttl = absl::Hours(24);
+  int64_t max_sessions_per_peer = 0;  // 0: no limit.
   int64_t max_message_bytes = int64_t{64} << 20;
+  int64_t max_response_bytes = 0;  // 0: what a message holds.
+  int64_t max_concurrent_streams = 1000;
+  absl::Duration keepalive_time = absl::Seconds(30);
+  absl::Duration keepalive_timeout = absl::Seconds(10);
+  absl::Duration max_connection_age = absl::ZeroDuration();  // Zero: any age.
+  absl::Duration max_connection_age_grace = absl::Seconds(60);
   absl::Duration drain_timeout = absl::Seconds(30);
   absl::Duration step_timeout = absl::Seconds(60);
   int threads = 0;  // 0: as many as the process may use.

@@ -60,7 +60,8 @@ absl::Status ForwardReactor::SubmitToSession() {
   }
   if (ref.create()) {
     ASSIGN_OR_RETURN(const CheckedInput input, CheckMessage(sequence));
-    ASSIGN_OR_RETURN(session_, context_->sessions->Create(model_, ref.id(), IdleTtl(ref), kNotAttached));
+    ASSIGN_OR_RETURN(
+        session_, context_->sessions->Create(model_, ref.id(), IdleTtl(ref), kNotAttached, PeerOf(*call_)));
     created_ = true;
     return SubmitWork({session_->lane}, input, absl::OkStatus());
   }

@@ -40,6 +40,13 @@ ServerOptions OptionsOf(const ServerConfig& config) {
   options.sessions.default_idle_ttl = config.session_ttl;
   options.sessions.max_idle_ttl = config.max_session_ttl;
   options.max_message_bytes = config.max_message_bytes;
+  options.max_response_bytes = config.max_response_bytes;
+  options.connections.max_concurrent_streams = config.max_concurrent_streams;
+  options.connections.keepalive_time = config.keepalive_time;
+  options.connections.keepalive_timeout = config.keepalive_timeout;
+  options.connections.max_age = config.max_connection_age;
+  options.connections.max_age_grace = config.max_connection_age_grace;
+  options.sessions.max_per_peer = config.max_sessions_per_peer;
   options.step_timeout = config.step_timeout;
   // Ends the wait for a signal.
   options.on_device_lost = [] { kill(getpid(), SIGTERM); };

@@ -39,6 +39,10 @@ std::string Address(const HostPort& address) {
   return absl::StrCat(ipv6 ? "[" : "", address.host, ipv6 ? "]" : "", ":", address.port);
 }
 
+int Milliseconds(absl::Duration duration) {
+  return static_cast<int>(std::min<int64_t>(absl::ToInt64Milliseconds(duration), INT32_MAX));
+}
+
 // Calls `work` about once a second, on a thread of its own.
 class Janitor {
  public:
@@ -104,6 +108,10 @@ class Server::Impl {
     context_.version = ServerVersion();
     context_.request_limits.max_tokens = options.batcher.max_queued_tokens;
     context_.request_limits.max_response_bytes = options.max_message_bytes - kResponseOverheadBytes;
+    if (options.max_response_bytes > 0) {
+      context_.request_limits.max_response_bytes =
+          std::min(context_.request_limits.max_response_bytes, options.max_response_bytes);
+    }
     context_.stream_window_messages = options.stream_window_messages;
     context_.stream_window_bytes = options.stream_window_bytes;
     context_.batcher = &batcher_;
@@ -132,11 +140,18 @@ class Server::Impl {
     builder.SetMaxSendMessageSize(static_cast<int>(options_.max_message_bytes));
     // A second server on the same port shall fail, not share it.
     builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
-    // A peer that has vanished without a word is noticed, and its sessions freed.
-    builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 30'000);
-    builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 10'000);
+    const ConnectionLimits& limits = options_.connections;
+    builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS,
+                               static_cast<int>(limits.max_concurrent_streams));
+    builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, Milliseconds(limits.keepalive_time));
+    builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, Milliseconds(limits.keepalive_timeout));
     builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
+    // Clients may ask likewise.
     builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 10'000);
+    if (limits.max_age > absl::ZeroDuration()) {
+      builder.AddChannelArgument(GRPC_ARG_MAX_CONNECTION_AGE_MS, Milliseconds(limits.max_age));
+      builder.AddChannelArgument(GRPC_ARG_MAX_CONNECTION_AGE_GRACE_MS, Milliseconds(limits.max_age_grace));
+    }
     grpc_server_ = builder.BuildAndStart();
     if (grpc_server_ == nullptr || port_ == 0) {
       return absl::UnavailableError(absl::StrCat("cannot listen for gRPC on ", Address(options_.listen)));

@@ -27,6 +27,18 @@ struct NamedModel {
   std::unique_ptr<Model> model;
 };
 
+// What one client's connection may cost.
+struct ConnectionLimits {
+  int64_t max_concurrent_streams = 1000;  // Calls on one connection; more wait at the client.
+  // A connection that says nothing for this long is asked whether it is there, and cut if it does not answer:
+  // its calls are cancelled, and what they held is free.
+  absl::Duration keepalive_time = absl::Seconds(30);
+  absl::Duration keepalive_timeout = absl::Seconds(10);
+  // Zero: any age. Else clients are told to connect anew, and calls that still run after the grace are cut.
+  absl::Duration max_age = absl::ZeroDuration();
+  absl::Duration max_age_grace = absl::Seconds(60);
+};
+
 struct ServerOptions {
   HostPort listen{"127.0.0.1", 0};
   TlsFiles tls;  // Of `listen`; HTTP has none.
@@ -35,6 +47,8 @@ struct ServerOptions {
   BatcherOptions batcher;    // max_queued_tokens also bounds a request.
   SessionStoreOptions sessions;
   int64_t max_message_bytes = int64_t{64} << 20;
+  int64_t max_response_bytes = 0;  // Of a response's output, checked before computing; 0: as the message.
+  ConnectionLimits connections;
   // Unanswered or unwritten work of a stream, above which the stream is not read.
   int64_t stream_window_messages = 64;
   int64_t stream_window_bytes = int64_t{16} << 20;

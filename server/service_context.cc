@@ -61,6 +61,18 @@ absl::StatusOr<int> ServiceContext::FindModel(const std::string& name) const {
                    absl::StrCat("model is \"", name, "\", want one of ", absl::StrJoin(model_names, ", ")));
 }
 
+std::string PeerOf(const grpc::CallbackServerContext& call) {
+  if (const auto context = call.auth_context(); context != nullptr && context->IsPeerAuthenticated()) {
+    std::string identity = "certificate";
+    for (const grpc::string_ref& part : context->GetPeerIdentity()) {
+      absl::StrAppend(&identity, ":", absl::string_view(part.data(), part.size()));
+    }
+    return identity;
+  }
+  const std::string peer = call.peer();  // "ipv4:10.0.0.1:1234"
+  return peer.substr(0, peer.rfind(':'));
+}
+
 absl::Time CallDeadline(const grpc::CallbackServerContext& call) {
   const auto deadline = call.deadline();
   return deadline == decltype(deadline)::max() ? absl::InfiniteFuture() : absl::FromChrono(deadline);

@@ -71,6 +71,10 @@ struct ServiceContext {
   absl::StatusOr<int> FindModel(const std::string& name) const;
 };
 
+// Who calls, as a limit for each client sees it: the identity of its certificate, or else its address without
+// the port.
+std::string PeerOf(const grpc::CallbackServerContext& call);
+
 // When the call is to be given up; infinite if the client set no deadline.
 absl::Time CallDeadline(const grpc::CallbackServerContext& call);
 

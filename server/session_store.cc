@@ -125,7 +125,8 @@ class SessionStore::Impl {
   }
 
   absl::StatusOr<std::shared_ptr<const Session>> Create(int model, const std::string& id,
-                                                        absl::Duration idle_ttl, AttachmentId attachment) {
+                                                        absl::Duration idle_ttl, AttachmentId attachment,
+                                                        const std::string& peer) {
     RETURN_IF_ERROR(CheckId(id));
     if (idle_ttl < absl::ZeroDuration() || idle_ttl > options_.max_idle_ttl) {
       return InvalidRequest(absl::StrCat("idle_ttl is ", absl::FormatDuration(idle_ttl), ", want 0 to ",
@@ -141,8 +142,9 @@ class SessionStore::Impl {
                        absl::StrCat("session \"", id, "\" exists already"),
                        PositionOf(*found->second.session));
     }
-    RETURN_IF_ERROR(AdmitLocked(model));
+    RETURN_IF_ERROR(AdmitLocked(model, peer));
     auto session = std::make_shared<Session>();
+    session->peer = peer;
     session->id = id;
     while (session->id.empty() || named_.count(session->id) > 0) session->id = RandomId();
     session->model = model;
@@ -151,20 +153,22 @@ class SessionStore::Impl {
     tombstones_.Remove(session->id);
     if (attachment != kNotAttached) attached_[attachment].named.insert(session->id);
     named_.emplace(session->id, std::move(entry));
-    ++in_use_[model];
+    CountLocked(*session);
     return std::shared_ptr<const Session>(std::move(session));
   }
 
-  absl::StatusOr<std::shared_ptr<const Session>> CreateOwn(int model, AttachmentId attachment) {
+  absl::StatusOr<std::shared_ptr<const Session>> CreateOwn(int model, AttachmentId attachment,
+                                                           const std::string& peer) {
     DELTANET_CHECK(attachment != kNotAttached, "a session of a stream's own needs the stream");
     MutexLock lock(&mu_);
-    RETURN_IF_ERROR(AdmitLocked(model));
+    RETURN_IF_ERROR(AdmitLocked(model, peer));
     auto session = std::make_shared<Session>();
+    session->peer = peer;
     session->model = model;
     session->lane = batcher_->OpenLane(model);
     own_.emplace(session.get(), Own{session, attachment});
     attached_[attachment].own.insert(session.get());
-    ++in_use_[model];
+    CountLocked(*session);
     return std::shared_ptr<const Session>(std::move(session));
   }
 
@@ -301,12 +305,35 @@ class SessionStore::Impl {
     return found == in_use_.end() ? 0 : found->second;
   }
 
-  absl::Status AdmitLocked(int model) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+  int64_t OfPeerLocked(const std::string& peer) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    const auto found = of_peer_.find(peer);
+    return found == of_peer_.end() ? 0 : found->second;
+  }
+
+  absl::Status AdmitLocked(int model, const std::string& peer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
     const int64_t limit = batcher_->max_sessions(model);
-    if (InUseLocked(model) >= limit) ExpireIdleLocked();
-    if (InUseLocked(model) < limit) return absl::OkStatus();
-    return MakeError(absl::StatusCode::kResourceExhausted, reason::kSessionsFull,
-                     absl::StrCat("all ", limit, " sessions of the model are in use"));
+    const int64_t peer_limit = options_.max_per_peer > 0 ? options_.max_per_peer : INT64_MAX;
+    if (InUseLocked(model) >= limit || OfPeerLocked(peer) >= peer_limit) ExpireIdleLocked();
+    if (InUseLocked(model) >= limit) {
+      return MakeError(absl::StatusCode::kResourceExhausted, reason::kSessionsFull,
+                       absl::StrCat("all ", limit, " sessions of the model are in use"));
+    }
+    if (OfPeerLocked(peer) >= peer_limit) {
+      return MakeError(absl::StatusCode::kResourceExhausted, reason::kSessionsFull,
+                       absl::StrCat("this client has ", OfPeerLocked(peer), " sessions, its limit is ",
+                                    options_.max_per_peer));
+    }
+    return absl::OkStatus();
+  }
+
+  void CountLocked(const Session& session) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    ++in_use_[session.model];
+    ++of_peer_[session.peer];
+  }
+  void UncountLocked(const Session& session) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    --in_use_[session.model];
+    const auto found = of_peer_.find(session.peer);
+    if (--found->second == 0) of_peer_.erase(found);
   }
 
   bool ExpiredLocked(const Named& entry, absl::Time now) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
@@ -347,14 +374,14 @@ class SessionStore::Impl {
       ForgetIfEmptyLocked(stream);
     }
     batcher_->Close(entry.session->lane);
-    --in_use_[entry.session->model];
+    UncountLocked(*entry.session);
     tombstones_.Add(it->first, cause);
     return named_.erase(it);
   }
 
   void EndOwnLocked(std::unordered_map<const Session*, Own>::iterator it) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
     batcher_->Close(it->first->lane);
-    --in_use_[it->first->model];
+    UncountLocked(*it->first);
     own_.erase(it);
   }
 
@@ -373,7 +400,8 @@ class SessionStore::Impl {
   std::map<std::string, Named> named_ ABSL_GUARDED_BY(mu_);
   std::unordered_map<const Session*, Own> own_ ABSL_GUARDED_BY(mu_);
   std::unordered_map<AttachmentId, Attached> attached_ ABSL_GUARDED_BY(mu_);
-  std::unordered_map<int, int64_t> in_use_ ABSL_GUARDED_BY(mu_);  // By model.
+  std::unordered_map<int, int64_t> in_use_ ABSL_GUARDED_BY(mu_);           // By model.
+  std::unordered_map<std::string, int64_t> of_peer_ ABSL_GUARDED_BY(mu_);  // By peer; none is 0.
   Tombstones tombstones_ ABSL_GUARDED_BY(mu_);
 };
 
@@ -384,11 +412,13 @@ SessionStore::~SessionStore() = default;
 AttachmentId SessionStore::NewAttachment() { return impl_->NewAttachment(); }
 absl::StatusOr<std::shared_ptr<const Session>> SessionStore::Create(int model, const std::string& id,
                                                                     absl::Duration idle_ttl,
-                                                                    AttachmentId attachment) {
-  return impl_->Create(model, id, idle_ttl, attachment);
+                                                                    AttachmentId attachment,
+                                                                    const std::string& peer) {
+  return impl_->Create(model, id, idle_ttl, attachment, peer);
 }
-absl::StatusOr<std::shared_ptr<const Session>> SessionStore::CreateOwn(int model, AttachmentId attachment) {
-  return impl_->CreateOwn(model, attachment);
+absl::StatusOr<std::shared_ptr<const Session>> SessionStore::CreateOwn(int model, AttachmentId attachment,
+                                                                       const std::string& peer) {
+  return impl_->CreateOwn(model, attachment, peer);
 }
 absl::StatusOr<std::shared_ptr<const Session>> SessionStore::Find(int model, const std::string& id,
                                                                   AttachmentId attachment) {

@@ -23,6 +23,7 @@ namespace deltanet {
 struct SessionStoreOptions {
   absl::Duration default_idle_ttl = absl::Minutes(10);
   absl::Duration max_idle_ttl = absl::Hours(24);
+  int64_t max_per_peer = 0;            // Sessions of one peer, own ones included, of all models; 0: no limit.
   int64_t remembered_expired = 10000;  // Ids of expired or ended sessions, to tell them from unknown ones.
 };
 
@@ -43,6 +44,7 @@ struct SessionSnapshot {
 struct Session {
   std::string id;  // Empty for a stream's own.
   int model = 0;
+  std::string peer;  // Whose making it is.
   std::shared_ptr<Lane> lane;
 };
 
@@ -59,11 +61,13 @@ class SessionStore {
   // random bits from the operating system, in hex. `idle_ttl` zero: the default. INVALID_ARGUMENT for an id
   // of other characters or length than the proto allows or a ttl that is negative or above the maximum;
   // ALREADY_EXISTS (SESSION_EXISTS); RESOURCE_EXHAUSTED (SESSIONS_FULL) if the model's max_sessions are in
-  // use, expired ones not counted.
+  // use, or the peer's max_per_peer, expired ones not counted. `peer` is any name for who asks.
   absl::StatusOr<std::shared_ptr<const Session>> Create(int model, const std::string& id,
-                                                        absl::Duration idle_ttl, AttachmentId attachment);
+                                                        absl::Duration idle_ttl, AttachmentId attachment,
+                                                        const std::string& peer = "");
   // A session without a name that ends with its stream. RESOURCE_EXHAUSTED as Create.
-  absl::StatusOr<std::shared_ptr<const Session>> CreateOwn(int model, AttachmentId attachment);
+  absl::StatusOr<std::shared_ptr<const Session>> CreateOwn(int model, AttachmentId attachment,
+                                                           const std::string& peer = "");
 
   // Finds a named session and notes the use; attaches it to `attachment` if that is a stream. NOT_FOUND
   // (SESSION_NOT_FOUND, SESSION_EXPIRED, SESSION_ENDED), FAILED_PRECONDITION (SESSION_MODEL; `model` -1 is

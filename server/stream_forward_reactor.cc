@@ -155,8 +155,9 @@ absl::StatusOr<std::shared_ptr<const Session>> StreamForwardReactor::ResolveSess
     return context_->sessions->Find(model, request.session().id(), attachment_);
   }
   ASSIGN_OR_RETURN(const int model, context_->FindModel(message.model));
-  if (!request.has_session()) return context_->sessions->CreateOwn(model, attachment_);
-  return context_->sessions->Create(model, request.session().id(), IdleTtl(request.session()), attachment_);
+  if (!request.has_session()) return context_->sessions->CreateOwn(model, attachment_, PeerOf(*call_));
+  return context_->sessions->Create(model, request.session().id(), IdleTtl(request.session()), attachment_,
+                                    PeerOf(*call_));
 }
 
 absl::Status StreamForwardReactor::Submit(const SessionKey& key, StreamSession* entry, bool created,

@@ -50,7 +50,9 @@ TEST(Config, EveryFlag) {
       "--metrics-listen localhost:1 --max-sessions 5 --state-memory 2GiB --max-step-tokens 128 "
       "--max-step-rows 3 --max-queued-requests 7 --max-queued-tokens 9 --session-ttl 1m30s "
       "--max-session-ttl 2h --max-message-bytes 1MiB --drain-timeout 0 --step-timeout 5m --threads 4 "
-      "--tls-cert c.pem --tls-key k.pem --tls-client-ca r.pem",
+      "--max-sessions-per-peer 11 --max-response-bytes 1KiB --max-concurrent-streams 12 "
+      "--keepalive-time 13s --keepalive-timeout 14s --max-connection-age 15s "
+      "--max-connection-age-grace 16s --tls-cert c.pem --tls-key k.pem --tls-client-ca r.pem",
       ' '));
   ASSERT_TRUE(config.ok()) << config.status();
   EXPECT_THAT(config->models, ElementsAre(Pair("b", "dir=with=equals"), Pair("a", "x")));
@@ -71,6 +73,13 @@ TEST(Config, EveryFlag) {
   EXPECT_EQ(config->drain_timeout, absl::ZeroDuration());
   EXPECT_EQ(config->step_timeout, absl::Minutes(5));
   EXPECT_EQ(config->threads, 4);
+  EXPECT_EQ(config->max_sessions_per_peer, 11);
+  EXPECT_EQ(config->max_response_bytes, 1024);
+  EXPECT_EQ(config->max_concurrent_streams, 12);
+  EXPECT_EQ(config->keepalive_time, absl::Seconds(13));
+  EXPECT_EQ(config->keepalive_timeout, absl::Seconds(14));
+  EXPECT_EQ(config->max_connection_age, absl::Seconds(15));
+  EXPECT_EQ(config->max_connection_age_grace, absl::Seconds(16));
   EXPECT_EQ(config->tls.certificate, "c.pem");
   EXPECT_EQ(config->tls.key, "k.pem");
   EXPECT_EQ(config->tls.client_ca, "r.pem");
@@ -127,6 +136,9 @@ INSTANTIATE_TEST_SUITE_P(
         Wrong{{"--state-memory", "9223372036854775807KiB"}, "want bytes"},
         Wrong{{"--session-ttl", "10"}, "--session-ttl is \"10\", want a duration"},
         Wrong{{"--session-ttl", "25h"}, "want at most --max-session-ttl, 24h"},
+        Wrong{{"--keepalive-time", "1ms"}, "--keepalive-time is \"1ms\", want a duration from 1s"},
+        Wrong{{"--max-concurrent-streams", "0"}, "--max-concurrent-streams is \"0\", want a whole number"},
+        Wrong{{"--max-response-bytes", "many"}, "--max-response-bytes is \"many\", want bytes"},
         Wrong{{"--max-message-bytes", "3GiB"}, "--max-message-bytes is \"3GiB\""},
         Wrong{{"--tls-cert", "c.pem"},
               "--tls-cert is c.pem and --tls-key is not given, want both or neither"},

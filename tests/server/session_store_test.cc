@@ -248,6 +248,27 @@ TEST_F(SessionStoreTest, AFullModelRefusesAndTheOtherDoesNot) {
   EXPECT_TRUE(TryCreate("x").ok());
 }
 
+TEST_F(SessionStoreTest, APeerHasItsOwnLimit) {
+  SessionStore store({.max_per_peer = 2}, &batcher_, &clock_);
+  const auto create = [&](const std::string& id, const std::string& peer) {
+    return store.Create(0, id, absl::ZeroDuration(), kNotAttached, peer).status();
+  };
+  EXPECT_TRUE(create("a", "x").ok());
+  const AttachmentId stream = store.NewAttachment();
+  EXPECT_TRUE(store.CreateOwn(1, stream, "x").ok());
+  ExpectError(create("b", "x"), absl::StatusCode::kResourceExhausted, reason::kSessionsFull);
+  ExpectError(store.CreateOwn(1, stream, "x").status(), absl::StatusCode::kResourceExhausted,
+              reason::kSessionsFull);
+  EXPECT_TRUE(create("b", "y").ok());
+  store.Detach(stream);
+  EXPECT_TRUE(create("c", "x").ok());
+  ExpectError(create("d", "x"), absl::StatusCode::kResourceExhausted, reason::kSessionsFull);
+  store.EndByName("c").value();
+  clock_.Advance(absl::Hours(1));
+  EXPECT_TRUE(create("d", "x").ok()) << "what has expired does not count";
+  EXPECT_TRUE(create("e", "x").ok());
+}
+
 TEST_F(SessionStoreTest, ExpiredSessionsMakeRoom) {
   for (int i = 0; i < 3; ++i) ASSERT_TRUE(TryCreate(absl::StrCat(i), absl::Minutes(i + 1)).ok());
   clock_.Advance(absl::Minutes(1));
