@@ -192,7 +192,13 @@ DeviceStream::Current::Current(const DeviceStream&) {}
 
 DeviceEvent::~DeviceEvent() = default;
 DeviceEvent::DeviceEvent(DeviceEvent&&) noexcept = default;
-DeviceStream::~DeviceStream() = default;
+DeviceStream::~DeviceStream() {
+#ifdef DELTANET_CUDA
+  // For each stream on which a product ran, LibTorch would keep a workspace of cuBLAS's (some 32 MiB) for
+  // ever.
+  if (handle_ != nullptr) at::cuda::clearCublasWorkspaces();
+#endif
+}
 DeviceStream::Current::~Current() = default;
 
 }  // namespace deltanet

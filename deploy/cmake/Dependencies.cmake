@@ -59,7 +59,7 @@ if(DELTANET_CUDA)
   set(CMAKE_CUDA_COMPILER ${deltanet_cu13}/bin/nvcc)
   set(CMAKE_CUDA_FLAGS "-L${deltanet_cu13}/lib")  # The wheel has no lib64, where nvcc looks.
   set(CMAKE_CUDA_RUNTIME_LIBRARY None)
-  set(CMAKE_CUDA_ARCHITECTURES 80-virtual 90a-real)
+  set(CMAKE_CUDA_ARCHITECTURES ${DELTANET_CUDA_ARCHITECTURES})
   enable_language(CUDA)
   foreach(name torch_cuda c10_cuda)
     add_library(libtorch::${name} SHARED IMPORTED)

@@ -12,8 +12,8 @@
 namespace deltanet {
 namespace {
 
-// The input `back` tokens before token n of `row` (0: its own), which may be the one before its first: from x,
-// or from the base slot's tail; null where its position is invalid.
+// The input `back` tokens before token n of `row` (0: its own), which may be the one before its first: from
+// x, or from the base slot's tail; null where its position is invalid.
 __device__ inline const float* InputAt(const RaggedRows& rows, const GatherTapsArgs& args, int row, int64_t n,
                                        int64_t back) {
   const int64_t in_row = n - rows.offsets[row];
@@ -40,8 +40,9 @@ __global__ void GatherTapsKernel(RaggedRows rows, GatherTapsArgs args) {
       factor = 1.0f / (sqrtf(BlockSum(squares, scratch) / static_cast<float>(d)) + kRmsEpsilon);
     }
     for (int64_t i = threadIdx.x; i < d; i += blockDim.x) {
-      float value = from != nullptr ? from[i] * factor : 0.0f;
-      if (args.norm_scale != nullptr) value *= args.norm_scale[i];
+      float value = 0.0f;
+      if (from != nullptr)
+        value = args.norm_scale != nullptr ? from[i] * factor * args.norm_scale[i] : from[i];
       taps[j * d + i] = FromFloat<T>(value);
     }
   }
