@@ -275,6 +275,22 @@ def test_kill(stack):
     stack.client("health", "--server", "server:50051")
 
 
+def test_tls(files):
+    """The TLS override, with certificates made as its comment says: who trusts them is served, nobody in the clear."""
+    comment = (DEPLOY / "docker-compose.tls.yaml").read_text()
+    lines = re.search(r"#   mkdir .*\n(?:#   .*\n)+", comment)[0].replace("#   ", "")
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        stack = Stack([*files, "docker-compose.tls.yaml"])
+        stack.environment["DELTANET_TLS_DIR"] = directory
+        run("bash", "-ec", lines, env=stack.environment)
+        stack.compose("up", "-d", "--no-build", "server")
+        wait_until("the server is healthy", lambda: stack.healthy("server"), 60)
+        stack.client("health", "--server", "server:50051", "--tls-ca", "/tls/ca.pem")
+        refused = stack.compose("run", "--rm", "-T", "client", "health", "--server", "server:50051", status=1).stdout
+        check("UNAVAILABLE" in refused, f"a client without TLS is told: {refused}")
+
+
 def test_queries(stack, begin):
     """Every query of the alerts and the dashboard had values while this test ran."""
     queries = []
@@ -327,6 +343,8 @@ def main():
             test_stop_during_work(stack)
         with step("kill"):
             test_kill(stack)
+        with step("TLS"):
+            test_tls(files)
         with step("queries"):
             test_queries(stack, begin)
     except (Failure, subprocess.SubprocessError) as failure:
