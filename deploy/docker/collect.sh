@@ -31,7 +31,7 @@ licence_of() {
 }
 
 # The driver's libraries come with the GPU.
-ldd=$(LD_LIBRARY_PATH=$site_packages/torch/lib ldd "$@")
+ldd=$(LD_LIBRARY_PATH=$site_packages/torch/lib:$site_packages/nvidia/cu13/lib ldd "$@")
 missing=$(grep 'not found' <<<"$ldd" | grep -v libcuda.so.1 | sort -u || true)
 if [ -n "$missing" ]; then
   echo "collect.sh: libraries are missing: $missing" >&2
