@@ -15,13 +15,19 @@ mkdir -p "$libraries" "$documents" /image/libraries/{etc,lib64} /image/programs/
 cp /etc/debian_version /image/libraries/etc/
 
 licence_of() {
-  local file=$1 name package record
+  local file=$1 name package record licence
   case $file in
     "$site_packages"/*)
       name=${file#"$site_packages"/}
       record=$(grep -lF "$name," "$site_packages"/*.dist-info/RECORD)
       name=$(basename "${record%/RECORD}" .dist-info)
-      [ -d "$documents/$name" ] || cp -r "${record%/RECORD}/licenses" "$documents/$name" ;;
+      [ ! -d "$documents/$name" ] || return 0
+      if [ -d "${record%/RECORD}/licenses" ]; then
+        cp -r "${record%/RECORD}/licenses" "$documents/$name"
+      else
+        licence=$(grep -oP '^[^,]*/LICENSE[^,/]*(?=,)' "$record")
+        install -D -m644 "$site_packages/$licence" "$documents/$name/$(basename "$licence")"
+      fi ;;
     *)
       package=$(dpkg-query -S "$file" 2>/dev/null || dpkg-query -S "${file#/usr}")
       name=${package%%:*}
