@@ -10,6 +10,7 @@
 #include "absl/types/span.h"
 #include "model/base/check.h"
 #include "model/base/mutex.h"
+#include "model/base/status_macros.h"
 #include "proto/wire.h"
 
 namespace deltanet {
@@ -141,45 +142,20 @@ class Batcher::Impl {
 
   std::shared_ptr<Lane> OpenLane(int model) { return std::make_shared<Lane>(model, models_[model]->pool); }
 
-  absl::Status Submit(const std::shared_ptr<Lane>& lane, std::unique_ptr<Work>* work, WhenFull when_full) {
-    const Work& w = **work;
-    DELTANET_CHECK(!w.precondition.ok() || w.tokens >= 1 || (w.tokens == 0 && w.end_of_sequence),
-                   "a work has at least 1 token, or 0 with end_of_sequence");
+  absl::Status SubmitAll(absl::Span<const std::shared_ptr<Lane>> lanes,
+                         absl::Span<std::unique_ptr<Work>> works, WhenFull when_full) {
+    DELTANET_CHECK(lanes.size() == works.size(), "each work has its lane");
     const absl::Time now = clock_->Now();
     bool notify = false;
     {
       MutexLock lock(&mu_);
-      if (draining_) {
-        return LaneError(*lane, absl::StatusCode::kUnavailable, reason::kDraining,
-                         "the server is shutting down");
+      for (size_t i = 0; i < lanes.size(); ++i) {
+        RETURN_IF_ERROR(AdmitLocked(*lanes[i], *works[i], static_cast<int64_t>(works.size()), when_full));
       }
-      if (device_lost_) return DeviceLostError(*lane);
-      if (lane->closed || lane->ended) return EndedError(*lane);
-      if (when_full == WhenFull::kRefuse) {
-        if (queued_works_ >= options_.max_queued_works) {
-          return LaneError(*lane, absl::StatusCode::kUnavailable, reason::kQueueFull,
-                           absl::StrCat("the queue holds ", queued_works_, " requests, its limit is ",
-                                        options_.max_queued_works, "; retry later"));
-        }
-        if (queued_tokens_ >= options_.max_queued_tokens) {
-          return LaneError(*lane, absl::StatusCode::kUnavailable, reason::kQueueFull,
-                           absl::StrCat("the queue holds ", queued_tokens_, " tokens, its limit is ",
-                                        options_.max_queued_tokens, "; retry later"));
-        }
+      for (size_t i = 0; i < lanes.size(); ++i) {
+        EnqueueLocked(lanes[i], std::move(works[i]), now);
+        if (StopAwaitingLocked(lanes[i].get()) || waiting_ == Waiting::kIdle) notify = true;
       }
-      QueuedWork queued;
-      queued.submitted = now;
-      if (w.precondition.ok()) {
-        queued.total = w.tokens + (w.end_of_sequence ? description(lane->model).lookahead : 0);
-      }
-      queued.work = std::move(*work);
-      ++queued_works_;
-      queued_tokens_ += queued.total;
-      ++unanswered_;
-      ++lane->pending;
-      lane->queue.push_back(std::move(queued));
-      if (lane->queue.size() == 1) MakeReadyLocked(lane);
-      notify = StopAwaitingLocked(lane.get()) || waiting_ == Waiting::kIdle;
       if (notify) waiting_ = Waiting::kNo;
     }
     if (notify) work_condition_.NotifyOne();
@@ -295,6 +271,48 @@ class Batcher::Impl {
   static absl::Status DeviceLostError(const Lane& lane) {
     return LaneError(lane, absl::StatusCode::kInternal, reason::kInternal,
                      "the device is lost; the server has to be started again");
+  }
+
+  // Whether one of `count` works that come together may be taken.
+  absl::Status AdmitLocked(const Lane& lane, const Work& work, int64_t count, WhenFull when_full) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    DELTANET_CHECK(!work.precondition.ok() || work.tokens >= 1 || (work.tokens == 0 && work.end_of_sequence),
+                   "a work has at least 1 token, or 0 with end_of_sequence");
+    if (draining_) {
+      return LaneError(lane, absl::StatusCode::kUnavailable, reason::kDraining,
+                       "the server is shutting down");
+    }
+    if (device_lost_) return DeviceLostError(lane);
+    if (lane.closed || lane.ended) return EndedError(lane);
+    if (when_full == WhenFull::kQueue) return absl::OkStatus();
+    if (queued_works_ + count > options_.max_queued_works) {
+      return LaneError(
+          lane, absl::StatusCode::kUnavailable, reason::kQueueFull,
+          absl::StrCat("the queue holds ", queued_works_, " requests, ", count,
+                       " more would exceed its limit of ", options_.max_queued_works, "; retry later"));
+    }
+    if (queued_tokens_ >= options_.max_queued_tokens) {
+      return LaneError(lane, absl::StatusCode::kUnavailable, reason::kQueueFull,
+                       absl::StrCat("the queue holds ", queued_tokens_, " tokens, its limit is ",
+                                    options_.max_queued_tokens, "; retry later"));
+    }
+    return absl::OkStatus();
+  }
+
+  void EnqueueLocked(const std::shared_ptr<Lane>& lane, std::unique_ptr<Work> work, absl::Time now)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    QueuedWork queued;
+    queued.submitted = now;
+    if (work->precondition.ok()) {
+      queued.total = work->tokens + (work->end_of_sequence ? description(lane->model).lookahead : 0);
+    }
+    queued.work = std::move(work);
+    ++queued_works_;
+    queued_tokens_ += queued.total;
+    ++unanswered_;
+    ++lane->pending;
+    lane->queue.push_back(std::move(queued));
+    if (lane->queue.size() == 1) MakeReadyLocked(lane);
   }
 
   void Run() {
@@ -821,7 +839,11 @@ int64_t Batcher::free_slots(int model) const { return impl_->free_slots(model); 
 std::shared_ptr<Lane> Batcher::OpenLane(int model) { return impl_->OpenLane(model); }
 absl::Status Batcher::Submit(const std::shared_ptr<Lane>& lane, std::unique_ptr<Work>* work,
                              WhenFull when_full) {
-  return impl_->Submit(lane, work, when_full);
+  return impl_->SubmitAll({&lane, 1}, {work, 1}, when_full);
+}
+absl::Status Batcher::SubmitAll(absl::Span<const std::shared_ptr<Lane>> lanes,
+                                absl::Span<std::unique_ptr<Work>> works, WhenFull when_full) {
+  return impl_->SubmitAll(lanes, works, when_full);
 }
 void Batcher::Close(const std::shared_ptr<Lane>& lane) { impl_->Close(lane); }
 void Batcher::Wake() { impl_->Wake(); }

@@ -27,6 +27,7 @@
 #include "absl/functional/any_invocable.h"
 #include "absl/status/status.h"
 #include "absl/time/time.h"
+#include "absl/types/span.h"
 #include "model/base/tensor_view.h"
 #include "model/model.h"
 #include "model/state_pool.h"
@@ -137,6 +138,10 @@ class Batcher {
   // reached. NOT_FOUND (SESSION_ENDED) on a closed or ended lane. INTERNAL once the device is lost. Never
   // blocks and never calls `done` itself.
   absl::Status Submit(const std::shared_ptr<Lane>& lane, std::unique_ptr<Work>* work, WhenFull when_full);
+  // The same for work of several lanes, which the next step then finds all there: either all of it is handed
+  // over or, on an error, none. With kRefuse there must be room for all.
+  absl::Status SubmitAll(absl::Span<const std::shared_ptr<Lane>> lanes,
+                         absl::Span<std::unique_ptr<Work>> works, WhenFull when_full);
 
   // Ends a lane: queued work fails with CANCELLED (SESSION_ENDED), running work is given up at the next
   // piece, the slots are free within a step. Further Submits are refused. Any number of times.

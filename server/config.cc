@@ -197,7 +197,7 @@ const std::vector<Flag>& Flags() {
                           {"max-step-rows", "N", "256", "sequences of one step of the batch",
                            Integer(&C::max_step_rows, 1, 1 << 16)},
                           {"max-queued-requests", "N", "4096",
-                           "sequences that may wait; more are refused with UNAVAILABLE",
+                           "sequences that may wait, and the most that one request may have",
                            Integer(&C::max_queued_requests, 1, 1 << 24)},
                           {"max-queued-tokens", "N", "1048576",
                            "tokens that may wait, and the most that one request may have",

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/types/span.h"
 #include "model/base/status_macros.h"
 #include "proto/wire.h"
 
@@ -89,6 +90,7 @@ absl::Status ForwardReactor::SubmitWork(const std::vector<std::shared_ptr<Lane>>
     unanswered_ = lanes.size();
   }
   const absl::Time deadline = CallDeadline(*call_);
+  std::vector<std::unique_ptr<Work>> works;
   for (size_t i = 0; i < lanes.size(); ++i) {
     auto work = std::make_unique<Work>();
     work->input = request_->input().data().data() + i * input.sequence_bytes;
@@ -102,16 +104,9 @@ absl::Status ForwardReactor::SubmitWork(const std::vector<std::shared_ptr<Lane>>
     work->precondition = precondition;
     work->cancellation = cancellation_;
     work->done = [this](const WorkResult& result) { OnWorkDone(result); };
-    const absl::Status status = context_->batcher->Submit(lanes[i], &work, Batcher::WhenFull::kRefuse);
-    if (status.ok()) continue;
-    if (i == 0) return status;
-    // The rest of the batch fails with it, and what has been submitted is given up.
-    WorkResult refused;
-    refused.status = status;
-    for (size_t j = i; j < lanes.size(); ++j) OnWorkDone(refused);
-    break;
+    works.push_back(std::move(work));
   }
-  return absl::OkStatus();
+  return context_->batcher->SubmitAll(lanes, absl::MakeSpan(works), Batcher::WhenFull::kRefuse);
 }
 
 void ForwardReactor::OnWorkDone(const WorkResult& result) {

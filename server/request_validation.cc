@@ -105,6 +105,10 @@ absl::StatusOr<CheckedInput> CheckInput(const v1::Tensor& input, v1::DataType ou
       return InvalidRequest(absl::StrCat("input.shape is ", ShapeOf(input), ", want sizes of at least ",
                                          least_tokens, " token", checked.batched ? " and 1 sequence" : ""));
     }
+    if (checked.batch > limits.max_sequences) {
+      return InvalidRequest(absl::StrCat("input.shape is ", ShapeOf(input), ", want at most ",
+                                         limits.max_sequences, " sequences in a request"));
+    }
     const std::optional<int64_t> tokens = Multiply(checked.batch, checked.tokens);
     if (!tokens || *tokens > limits.max_tokens) {
       return InvalidRequest(absl::StrCat("input.shape is ", ShapeOf(input), ", want at most ",

@@ -23,6 +23,7 @@ absl::Status InvalidRequest(absl::string_view message);
 
 struct RequestLimits {
   int64_t max_tokens = 0;          // Of one request, all its sequences together.
+  int64_t max_sequences = 0;       // Of one request.
   int64_t max_response_bytes = 0;  // Of a response's output.
 };
 

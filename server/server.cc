@@ -107,6 +107,7 @@ class Server::Impl {
     context_.model_names = Names(models_);
     context_.version = ServerVersion();
     context_.request_limits.max_tokens = options.batcher.max_queued_tokens;
+    context_.request_limits.max_sequences = options.batcher.max_queued_works;
     context_.request_limits.max_response_bytes = options.max_message_bytes - kResponseOverheadBytes;
     if (options.max_response_bytes > 0) {
       context_.request_limits.max_response_bytes =

@@ -46,6 +46,15 @@ TEST(Forward, ABatchGivesEachSequenceItsOwnOutput) {
   EXPECT_EQ(Floats(result->output), expected);
 }
 
+TEST(Forward, ABatchIsOneStepFromTheStart) {
+  TestServer server(FakeModelOptions{.num_slots = 64, .max_step_rows = 16});
+  const std::vector<float> input = RandomValues(1, 16);
+  for (int i = 0; i < 50; ++i) {
+    ASSERT_TRUE(server.client().Forward({input.data(), {16, 1, kWidth}}, {}).ok());
+  }
+  EXPECT_EQ(server.model().launched().size(), 50u);
+}
+
 TEST(Forward, IdsAndDTypes) {
   TestServer server(FakeModelOptions{.takes_tokens = true});
   const std::vector<int64_t> ids = {0, 7, 3, 3, 1};

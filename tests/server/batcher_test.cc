@@ -749,6 +749,38 @@ TEST_F(BatcherTest, TheQueueRefusesAtItsLimitOfWorks) {
   ExpectAtRest(0);
 }
 
+TEST_F(BatcherTest, WorksThatComeTogetherAreTakenTogetherOrNotAtAll) {
+  Make({}, 4, {.piece_tokens = 64, .max_queued_works = 2});
+  const std::vector<float> input = RandomInput(1, 1);
+  std::vector<float> output(8);
+  int answered = 0;
+  std::vector<std::shared_ptr<Lane>> lanes;
+  std::vector<std::unique_ptr<Work>> works;
+  for (int i = 0; i < 3; ++i) {
+    lanes.push_back(batcher_->OpenLane(0));
+    auto work = std::make_unique<Work>();
+    work->input = input.data();
+    work->tokens = 1;
+    work->output = output.data();
+    work->done = [&](const WorkResult& result) { answered += result.status.ok() ? 1 : 0; };
+    works.push_back(std::move(work));
+  }
+  ExpectError(batcher_->SubmitAll(lanes, absl::MakeSpan(works), Batcher::WhenFull::kRefuse),
+              absl::StatusCode::kUnavailable, reason::kQueueFull, 0);
+  batcher_->Close(lanes[1]);
+  ExpectError(batcher_->SubmitAll(lanes, absl::MakeSpan(works), Batcher::WhenFull::kQueue),
+              absl::StatusCode::kNotFound, reason::kSessionEnded, 0);
+  EXPECT_EQ(batcher_->queued_works(), 0);
+  for (const std::unique_ptr<Work>& work : works) EXPECT_NE(work, nullptr);
+
+  lanes.erase(lanes.begin() + 1);
+  works.pop_back();
+  ASSERT_TRUE(batcher_->SubmitAll(lanes, absl::MakeSpan(works), Batcher::WhenFull::kRefuse).ok());
+  EXPECT_EQ(batcher_->queued_works(), 2);
+  EXPECT_TRUE(batcher_->RunOnce());
+  EXPECT_EQ(answered, 2) << "one step has both";
+}
+
 TEST_F(BatcherTest, TheQueueRefusesAtItsLimitOfTokens) {
   Make({.max_step_tokens = 64}, 4, {.piece_tokens = 64, .max_queued_tokens = 100});
   const auto unary = [&](int64_t tokens) {

@@ -14,7 +14,7 @@ namespace {
 
 using ::testing::HasSubstr;
 
-constexpr RequestLimits kLimits = {.max_tokens = 1000, .max_response_bytes = 100000};
+constexpr RequestLimits kLimits = {.max_tokens = 1000, .max_sequences = 50, .max_response_bytes = 100000};
 
 ModelDescription ValuesModel() {
   ModelDescription model;
@@ -128,7 +128,8 @@ INSTANTIATE_TEST_SUITE_P(
         Bad{Values({0, 1, 4}, 0), kFloat, Sequence::kStateless, false, "1 sequence"},
         Bad{Values({-1, 4}, 0), kFloat, Sequence::kLastChunk, false, "at least 0 token"},
         Bad{Values({1001, 4}, 4004), kFloat, Sequence::kChunk, false, "want at most 1000 tokens"},
-        Bad{Values({kHuge, kHuge, 4}, 0), kFloat, Sequence::kStateless, false, "want at most 1000 tokens"},
+        Bad{Values({2, kHuge, 4}, 0), kFloat, Sequence::kStateless, false, "want at most 1000 tokens"},
+        Bad{Values({51, 1, 4}, 204), kFloat, Sequence::kStateless, false, "want at most 50 sequences"},
         Bad{Values({2, 4}, 7), kFloat, Sequence::kChunk, false, "input.data has 28 bytes, want 32"},
         Bad{MakeTensor<float>(kFloat, {1, 4}, {0, 0, INFINITY, 0}), kFloat, Sequence::kChunk, false,
             "infinite or NaN"},
