@@ -2,6 +2,7 @@
 #ifndef DELTANET_TESTS_MODEL_ENGINE_MODES_H_
 #define DELTANET_TESTS_MODEL_ENGINE_MODES_H_
 
+#include <ostream>
 #include <string>
 #include <vector>
 
@@ -15,6 +16,8 @@ struct Mode {
   std::string name;
   Device device;
   DType dtype = DType::kFloat32;
+
+  friend void PrintTo(const Mode& mode, std::ostream* out) { *out << mode.name; }
 };
 
 inline std::vector<Mode> Modes() {
