@@ -247,6 +247,7 @@ class Batcher::Impl {
     std::vector<std::shared_ptr<Lane>> lanes;  // One a row; the row is a piece of the lane's head.
     int64_t tokens = 0;
     absl::Time begin;     // Of forming it.
+    absl::Time formed;    // When Prepare was called.
     absl::Time launched;  // When Launch was called.
   };
 
@@ -628,6 +629,7 @@ class Batcher::Impl {
   void LaunchStep(Step step, absl::Span<const StepRow> rows) {
     Served& served = *models_[step.model];
     absl::Status status;
+    step.formed = clock_->Now();
     absl::StatusOr<StepTicket> ticket = served.model->Prepare(rows);
     step.launched = clock_->Now();
     if (ticket.ok()) {
@@ -665,7 +667,8 @@ class Batcher::Impl {
     seen.model = step.model;
     seen.rows = static_cast<int64_t>(step.lanes.size());
     seen.tokens = step.tokens;
-    seen.prepare = step.launched - step.begin;
+    seen.form = step.formed - step.begin;
+    seen.prepare = step.launched - step.formed;
     seen.compute = end - std::max(step.launched, last_step_end_);
     last_step_end_ = end;
 

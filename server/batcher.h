@@ -79,7 +79,8 @@ class BatchObserver {
     int model = 0;
     int64_t rows = 0;
     int64_t tokens = 0;
-    absl::Duration prepare;  // Forming the batch and filling staging.
+    absl::Duration form;     // Choosing the rows.
+    absl::Duration prepare;  // Filling staging.
     // Launch to the end of Wait, less what an earlier step in flight still took of that.
     absl::Duration compute;
   };

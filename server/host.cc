@@ -4,9 +4,11 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <filesystem>
 #include <fstream>
 #include <optional>
 #include <sstream>
+#include <system_error>
 #include <vector>
 
 #include "absl/strings/numbers.h"
@@ -115,12 +117,26 @@ int AvailableCpus(const std::string& root) {
   return static_cast<int>(cpus);
 }
 
-int64_t ResidentBytes(const std::string& root) {
-  // "size resident shared ...", in pages.
-  const std::string statm = ReadFile(root + "/proc/self/statm").value_or("");
-  const std::vector<absl::string_view> parts = absl::StrSplit(statm, ' ');
-  const std::optional<int64_t> pages = parts.size() < 2 ? std::nullopt : ParseInt(parts[1]);
-  return pages.value_or(0) * sysconf(_SC_PAGESIZE);
+ProcessUsage MeasureProcess(const std::string& root) {
+  ProcessUsage usage;
+  // "pid (name) state ...": the name may hold anything, so count the fields behind it. Numbers as in proc(5).
+  const std::string stat = ReadFile(root + "/proc/self/stat").value_or("");
+  const size_t name_end = stat.rfind(')');
+  const std::vector<absl::string_view> fields =
+      absl::StrSplit(name_end == std::string::npos ? "" : absl::string_view(stat).substr(name_end + 1), ' ');
+  const auto field = [&fields](size_t number) -> int64_t {
+    const size_t index = number - 2;  // fields[0] is the empty one before the state, number 3.
+    return index < fields.size() ? ParseInt(fields[index]).value_or(0) : 0;
+  };
+  usage.cpu_seconds = static_cast<double>(field(14) + field(15)) / static_cast<double>(sysconf(_SC_CLK_TCK));
+  usage.threads = field(20);
+  usage.resident_bytes = field(24) * sysconf(_SC_PAGESIZE);
+  std::error_code error;
+  for (std::filesystem::directory_iterator it(root + "/proc/self/fd", error), end; !error && it != end;
+       it.increment(error)) {
+    ++usage.open_fds;
+  }
+  return usage;
 }
 
 }  // namespace deltanet

@@ -15,8 +15,14 @@ int64_t MemoryLimitBytes(const std::string& root = "");
 // least 1.
 int AvailableCpus(const std::string& root = "");
 
-// Bytes of memory that this process has in RAM. 0 if that cannot be read.
-int64_t ResidentBytes(const std::string& root = "");
+// What this process uses now; 0 what cannot be read.
+struct ProcessUsage {
+  double cpu_seconds = 0;  // Of all threads, in user and system mode, since the process began.
+  int64_t resident_bytes = 0;
+  int64_t open_fds = 0;
+  int64_t threads = 0;
+};
+ProcessUsage MeasureProcess(const std::string& root = "");
 
 }  // namespace deltanet
 

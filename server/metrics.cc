@@ -1,5 +1,6 @@
 #include "server/metrics.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "prometheus/text_serializer.h"
@@ -19,6 +20,10 @@ constexpr std::array<const char*, kNumCodes> kCodeNames = {
     "NOT_FOUND", "ALREADY_EXISTS", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION",
     "ABORTED",   "OUT_OF_RANGE",   "UNIMPLEMENTED",     "INTERNAL",           "UNAVAILABLE",
     "DATA_LOSS", "UNAUTHENTICATED"};
+
+// Outcomes of a work: none, the reasons that matter to whom runs the server, all others.
+constexpr std::array<const char*, kNumOutcomes> kOutcomes = {
+    "OK", reason::kCancelled, reason::kDeadline, reason::kNonFinite, reason::kSessionEnded, "OTHER"};
 
 constexpr const char* kReasons[] = {reason::kInvalidRequest,
                                     reason::kModelNotFound,
@@ -70,6 +75,13 @@ prometheus::MetricFamily GaugeFamily(const std::string& name, const std::string&
   return {"deltanet_" + name, help, prometheus::MetricType::Gauge, {}};
 }
 
+void AddCounter(double value, const std::string& name, const std::string& help,
+                std::vector<prometheus::MetricFamily>* families) {
+  prometheus::MetricFamily family = {name, help, prometheus::MetricType::Counter, {}};
+  family.metric.emplace_back().counter.value = value;
+  families->push_back(std::move(family));
+}
+
 void AddGauge(double value, const std::string& model, prometheus::MetricFamily* family) {
   prometheus::ClientMetric metric;
   if (!model.empty()) metric.label.push_back({"model", model});
@@ -99,13 +111,23 @@ Metrics::Metrics(const std::vector<std::string>& model_names, const std::string&
                                "Answers that were an error, of RPCs and messages of streams.");
   for (const char* reason : kReasons) errors_.emplace_back(reason, &errors.Add({{"reason", reason}}));
 
+  first_output_ = &HistogramFamily(&registry_, "stream_first_output_seconds",
+                                   "From a stream's first message to its first output.")
+                       .Add({}, TimeBuckets());
+  next_output_ =
+      &HistogramFamily(&registry_, "stream_output_interval_seconds", "Between two outputs of a stream.")
+           .Add({}, TimeBuckets());
+  auto& works = CounterFamily(&registry_, "works_total",
+                              "Spans of a sequence's tokens that were answered, by outcome.");
   auto& work_queued =
       HistogramFamily(&registry_, "work_queued_seconds",
                       "Wait of a sequence's span of tokens for the first step that it is in.");
   auto& work_compute = HistogramFamily(&registry_, "work_compute_seconds",
                                        "Time of the steps that a sequence's span of tokens was in.");
+  auto& step_form =
+      HistogramFamily(&registry_, "step_form_seconds", "Time to choose the rows of a step of the batch.");
   auto& step_prepare =
-      HistogramFamily(&registry_, "step_prepare_seconds", "Time to form and stage a step of the batch.");
+      HistogramFamily(&registry_, "step_prepare_seconds", "Time to copy a step of the batch into staging.");
   auto& step_compute =
       HistogramFamily(&registry_, "step_compute_seconds", "Time to compute a step of the batch.");
   auto& step_tokens = HistogramFamily(&registry_, "step_tokens", "Tokens of a step of the batch.");
@@ -116,6 +138,10 @@ Metrics::Metrics(const std::vector<std::string>& model_names, const std::string&
     OfModel model;
     model.work_queued = &work_queued.Add(labels, TimeBuckets());
     model.work_compute = &work_compute.Add(labels, TimeBuckets());
+    for (int outcome = 0; outcome < kNumOutcomes; ++outcome) {
+      model.works[outcome] = &works.Add({{"model", name}, {"outcome", kOutcomes[outcome]}});
+    }
+    model.step_form = &step_form.Add(labels, TimeBuckets());
     model.step_prepare = &step_prepare.Add(labels, TimeBuckets());
     model.step_compute = &step_compute.Add(labels, TimeBuckets());
     model.step_tokens = &step_tokens.Add(labels, CountBuckets());
@@ -166,6 +192,7 @@ void Metrics::OnStreamMessage(const absl::Status& status) {
 
 void Metrics::OnStep(const Step& step) {
   const OfModel& model = models_[step.model];
+  model.step_form->Observe(absl::ToDoubleSeconds(step.form));
   model.step_prepare->Observe(absl::ToDoubleSeconds(step.prepare));
   model.step_compute->Observe(absl::ToDoubleSeconds(step.compute));
   model.step_tokens->Observe(static_cast<double>(step.tokens));
@@ -174,8 +201,19 @@ void Metrics::OnStep(const Step& step) {
 }
 
 void Metrics::OnWorkDone(int model, const WorkResult& result) {
+  const std::string outcome = result.status.ok() ? "OK" : ErrorReason(result.status);
+  const auto known = std::find(kOutcomes.begin(), kOutcomes.end() - 1, outcome);
+  models_[model].works[known - kOutcomes.begin()]->Increment();
   models_[model].work_queued->Observe(absl::ToDoubleSeconds(result.queued));
   models_[model].work_compute->Observe(absl::ToDoubleSeconds(result.computing));
+}
+
+void Metrics::OnFirstStreamOutput(absl::Duration after) {
+  first_output_->Observe(absl::ToDoubleSeconds(after));
+}
+
+void Metrics::OnNextStreamOutput(absl::Duration after) {
+  next_output_->Observe(absl::ToDoubleSeconds(after));
 }
 
 void Metrics::OnStall() { stalls_->Increment(); }
@@ -186,16 +224,23 @@ std::string Metrics::Text(const MetricsSnapshot& snapshot) const {
   std::vector<prometheus::MetricFamily> families = registry_.Collect();
   prometheus::MetricFamily sessions = GaugeFamily("sessions", "Sessions in use.");
   prometheus::MetricFamily sessions_free = GaugeFamily("sessions_free", "Sessions that could be begun now.");
+  prometheus::MetricFamily slots = GaugeFamily("slots", "State slots.");
   prometheus::MetricFamily slots_free = GaugeFamily("slots_free", "State slots that nothing holds.");
   prometheus::MetricFamily session_bytes = GaugeFamily("session_bytes", "Bytes of a session's state.");
+  prometheus::MetricFamily state_bytes = GaugeFamily("state_bytes", "Bytes of all state slots.");
+  prometheus::MetricFamily model_bytes = GaugeFamily("model_bytes", "Bytes of the weights on the device.");
   for (size_t m = 0; m < snapshot.models.size(); ++m) {
     const MetricsSnapshot::OfModel& model = snapshot.models[m];
     AddGauge(static_cast<double>(model.sessions), model_names_[m], &sessions);
     AddGauge(static_cast<double>(model.sessions_free), model_names_[m], &sessions_free);
     AddGauge(static_cast<double>(model.slots_free), model_names_[m], &slots_free);
     AddGauge(static_cast<double>(model.session_bytes), model_names_[m], &session_bytes);
+    AddGauge(static_cast<double>(model.slots), model_names_[m], &slots);
+    AddGauge(static_cast<double>(model.slots * model.session_bytes), model_names_[m], &state_bytes);
+    AddGauge(static_cast<double>(model.weight_bytes), model_names_[m], &model_bytes);
   }
-  for (prometheus::MetricFamily* family : {&sessions, &sessions_free, &slots_free, &session_bytes}) {
+  for (prometheus::MetricFamily* family :
+       {&sessions, &sessions_free, &slots, &slots_free, &session_bytes, &state_bytes, &model_bytes}) {
     families.push_back(std::move(*family));
   }
   const auto add = [&families](prometheus::MetricFamily family, double value) {
@@ -209,6 +254,9 @@ std::string Metrics::Text(const MetricsSnapshot& snapshot) const {
       static_cast<double>(snapshot.max_queued_works));
   add(GaugeFamily("max_queued_tokens", "At so many queued_tokens, more are refused."),
       static_cast<double>(snapshot.max_queued_tokens));
+  AddCounter(static_cast<double>(snapshot.sessions_expired), "deltanet_sessions_expired_total",
+             "Named sessions that ended because nobody used them.", &families);
+  add(GaugeFamily("draining", "1 once the server is going down."), snapshot.draining ? 1 : 0);
   add(GaugeFamily("ready", "1 while requests are taken, 0 while the server drains."), snapshot.ready ? 1 : 0);
   add(GaugeFamily("batch_thread_heartbeat_timestamp_seconds",
                   "When the batch thread last got on, since 1970; while it is idle, when it last had work."),
@@ -221,11 +269,15 @@ std::string Metrics::Text(const MetricsSnapshot& snapshot) const {
        prometheus::MetricType::Gauge,
        {}},
       absl::ToDoubleSeconds(snapshot.started - absl::UnixEpoch()));
-  add({"process_resident_memory_bytes",
-       "Memory that the process has in RAM.",
-       prometheus::MetricType::Gauge,
-       {}},
-      static_cast<double>(snapshot.resident_bytes));
+  const auto add_process = [&add](const std::string& name, const std::string& help, double value) {
+    add({"process_" + name, help, prometheus::MetricType::Gauge, {}}, value);
+  };
+  add_process("resident_memory_bytes", "Memory that the process has in RAM.",
+              static_cast<double>(snapshot.process.resident_bytes));
+  add_process("open_fds", "Open file descriptors.", static_cast<double>(snapshot.process.open_fds));
+  add_process("threads", "Threads of the process.", static_cast<double>(snapshot.process.threads));
+  AddCounter(snapshot.process.cpu_seconds, "process_cpu_seconds_total",
+             "Time on processors, in user and system mode.", &families);
   return prometheus::TextSerializer().Serialize(families);
 }
 

@@ -7,23 +7,32 @@
 //   stream_messages_total{code}            messages of StreamForward that were answered
 //   errors_total{reason}                   answers that were an error, of RPCs and messages
 //   request_duration_seconds{method}       from an RPC's arrival to its answer; in StreamForward, of each
-//   message work_queued_seconds{model}             of each sequence's span: waiting for its first step
+//                                          message
+//   stream_first_output_seconds            from a stream's first message to its first output
+//   stream_output_interval_seconds         between two outputs of a stream
+//   works_total{model,outcome}             spans of a sequence that were answered: OK, or why not
+//   work_queued_seconds{model}             of each sequence's span: waiting for its first step
 //   work_compute_seconds{model}            of each sequence's span: the steps that it was in
-//   step_prepare_seconds{model}            of each step of the batch: forming and staging it
+//   step_form_seconds{model}               of each step of the batch: choosing its rows
+//   step_prepare_seconds{model}            of each step of the batch: copying it into staging
 //   step_compute_seconds{model}            of each step of the batch: computing it
 //   step_tokens{model}, step_rows{model}   of each step of the batch
 //   tokens_total{model}                    tokens computed
-//   sessions{model}, sessions_free{model}, slots_free{model}, session_bytes{model}    now
+//   sessions{model}, sessions_free{model}, slots{model}, slots_free{model}                     now
+//   session_bytes{model}, state_bytes{model}, model_bytes{model}    of one slot, of all, of the weights
+//   sessions_expired_total                 named sessions that ended because nobody used them
 //   queued_works, queued_tokens            now
 //   max_queued_works, max_queued_tokens    at which more are refused
 //   ready                                  1 while requests are taken, else 0
+//   draining                               1 once the server is going down
 //   device_lost                            1 once the device is lost: only a new process helps
 //   batch_thread_heartbeat_timestamp_seconds    when the batch thread last got on, since 1970
 //   batch_thread_busy_seconds              how long it has been at its present step; 0: it waits for work
 //   batch_thread_stalls_total              times that this was longer than allowed
 //   build_info{version}                    1
 //
-// and, as other programs call them, process_start_time_seconds and process_resident_memory_bytes.
+// and, as other programs call them, process_start_time_seconds, process_cpu_seconds_total,
+// process_resident_memory_bytes, process_open_fds and process_threads.
 #ifndef DELTANET_SERVER_METRICS_H_
 #define DELTANET_SERVER_METRICS_H_
 
@@ -41,12 +50,14 @@
 #include "prometheus/histogram.h"
 #include "prometheus/registry.h"
 #include "server/batcher.h"
+#include "server/host.h"
 
 namespace deltanet {
 
 enum class Method { kForward, kStreamForward, kGetModel, kListModels, kEndSession, kListSessions };
 inline constexpr int kNumMethods = 6;
 inline constexpr int kNumCodes = 17;
+inline constexpr int kNumOutcomes = 6;  // Of a work.
 
 // What can be asked for at any time; read when /metrics is.
 struct MetricsSnapshot {
@@ -55,17 +66,21 @@ struct MetricsSnapshot {
     int64_t sessions_free = 0;
     int64_t slots_free = 0;
     int64_t session_bytes = 0;
+    int64_t slots = 0;
+    int64_t weight_bytes = 0;
   };
   std::vector<OfModel> models;  // In the order of their numbers.
   int64_t queued_works = 0;
   int64_t queued_tokens = 0;
   int64_t max_queued_works = 0;
   int64_t max_queued_tokens = 0;
+  int64_t sessions_expired = 0;
   bool ready = false;
+  bool draining = false;
   absl::Time batch_thread_progress = absl::UnixEpoch();
   absl::Duration batch_thread_busy;
   absl::Time started = absl::UnixEpoch();
-  int64_t resident_bytes = 0;
+  ProcessUsage process;
 };
 
 // Thread-safe. Owned by the server; outlives the batcher, which it observes, and the service.
@@ -78,6 +93,9 @@ class Metrics : public BatchObserver {
   // How long an RPC took, or a message of a stream.
   void OnLatency(Method method, absl::Duration latency);
   void OnStreamMessage(const absl::Status& status);
+  // A stream gave output: `after` the arrival of its first message, or its last output.
+  void OnFirstStreamOutput(absl::Duration after);
+  void OnNextStreamOutput(absl::Duration after);
   // The batch thread does not get on.
   void OnStall();
 
@@ -92,6 +110,8 @@ class Metrics : public BatchObserver {
   struct OfModel {
     prometheus::Histogram* work_queued = nullptr;
     prometheus::Histogram* work_compute = nullptr;
+    std::array<prometheus::Counter*, kNumOutcomes> works;
+    prometheus::Histogram* step_form = nullptr;
     prometheus::Histogram* step_prepare = nullptr;
     prometheus::Histogram* step_compute = nullptr;
     prometheus::Histogram* step_tokens = nullptr;
@@ -110,6 +130,8 @@ class Metrics : public BatchObserver {
   std::vector<std::pair<std::string, prometheus::Counter*>>
       errors_;  // By reason; the last counts all others.
   std::vector<OfModel> models_;
+  prometheus::Histogram* first_output_ = nullptr;
+  prometheus::Histogram* next_output_ = nullptr;
   prometheus::Counter* stalls_ = nullptr;
   prometheus::Gauge* device_lost_ = nullptr;
 };

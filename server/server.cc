@@ -279,19 +279,25 @@ class Server::Impl {
   MetricsSnapshot Snapshot() const {
     MetricsSnapshot snapshot;
     for (int m = 0; m < static_cast<int>(models_.size()); ++m) {
+      const ModelDescription& model = batcher_.description(m);
       snapshot.models.push_back({sessions_.sessions(m), sessions_.sessions_free(m), batcher_.free_slots(m),
-                                 batcher_.description(m).session_bytes});
+                                 model.session_bytes, model.num_slots, model.weight_bytes});
     }
     snapshot.queued_works = batcher_.queued_works();
     snapshot.queued_tokens = batcher_.queued_tokens();
     snapshot.max_queued_works = options_.batcher.max_queued_works;
     snapshot.max_queued_tokens = options_.batcher.max_queued_tokens;
+    snapshot.sessions_expired = sessions_.expired();
     snapshot.ready = serving_;
+    {
+      MutexLock lock(&health_mu_);
+      snapshot.draining = draining_;
+    }
     const Heartbeat heartbeat = batcher_.heartbeat();
     snapshot.batch_thread_progress = heartbeat.progress;
     if (heartbeat.busy) snapshot.batch_thread_busy = options_.clock->Now() - heartbeat.progress;
     snapshot.started = started_;
-    snapshot.resident_bytes = ResidentBytes();
+    snapshot.process = MeasureProcess();
     return snapshot;
   }
 

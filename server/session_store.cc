@@ -248,6 +248,11 @@ class SessionStore::Impl {
     return ExpireIdleLocked();
   }
 
+  int64_t expired() const {
+    MutexLock lock(&mu_);
+    return expired_;
+  }
+
   int64_t sessions(int model) const {
     MutexLock lock(&mu_);
     return InUseLocked(model);
@@ -376,6 +381,7 @@ class SessionStore::Impl {
     batcher_->Close(entry.session->lane);
     UncountLocked(*entry.session);
     tombstones_.Add(it->first, cause);
+    if (cause == Tombstones::Cause::kExpired) ++expired_;
     return named_.erase(it);
   }
 
@@ -403,6 +409,7 @@ class SessionStore::Impl {
   std::unordered_map<int, int64_t> in_use_ ABSL_GUARDED_BY(mu_);           // By model.
   std::unordered_map<std::string, int64_t> of_peer_ ABSL_GUARDED_BY(mu_);  // By peer; none is 0.
   Tombstones tombstones_ ABSL_GUARDED_BY(mu_);
+  int64_t expired_ ABSL_GUARDED_BY(mu_) = 0;
 };
 
 SessionStore::SessionStore(const SessionStoreOptions& options, Batcher* batcher, Clock* clock)
@@ -429,6 +436,7 @@ void SessionStore::End(const Session& session) { impl_->End(session); }
 absl::StatusOr<int64_t> SessionStore::EndByName(const std::string& id) { return impl_->EndByName(id); }
 void SessionStore::Detach(AttachmentId attachment) { impl_->Detach(attachment); }
 int64_t SessionStore::ExpireIdle() { return impl_->ExpireIdle(); }
+int64_t SessionStore::expired() const { return impl_->expired(); }
 int64_t SessionStore::sessions(int model) const { return impl_->sessions(model); }
 int64_t SessionStore::sessions_free(int model) const { return impl_->sessions_free(model); }
 std::vector<SessionSnapshot> SessionStore::List(int model, const std::string& after, int64_t limit) const {

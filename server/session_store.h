@@ -89,6 +89,8 @@ class SessionStore {
   // time-to-live. Returns how many. Called by the janitor and by Create when the model is full.
   int64_t ExpireIdle();
 
+  // How many sessions have expired so far.
+  int64_t expired() const;
   // Sessions of a model in use, own ones included.
   int64_t sessions(int model) const;
   int64_t sessions_free(int model) const;

@@ -47,6 +47,7 @@ void StreamForwardReactor::OnReadDone(bool ok) {
       if (finished_) return;
       message = std::move(incoming_);
       message->arrival = context_->clock->Now();
+      if (!first_arrival_) first_arrival_ = message->arrival;
       message->window_bytes = static_cast<int64_t>(message->request.input().data().size());
       ++window_messages_;
       window_bytes_ += message->window_bytes;
@@ -283,12 +284,28 @@ void StreamForwardReactor::Answer(std::unique_ptr<Message> message, const absl::
   if (!status.ok()) *message->response.mutable_error() = ToRpcStatus(status);
   LogIfInternal("StreamForward", message->response.request_id(), status);
   context_->metrics->OnStreamMessage(status);
+  if (status.ok() && !message->response.output().data().empty()) ObserveOutput();
   context_->metrics->OnLatency(Method::kStreamForward, context_->clock->Now() - message->arrival);
   {
     MutexLock lock(&mu_);
     unwritten_.push_back(std::move(message));
   }
   Advance();
+}
+
+void StreamForwardReactor::ObserveOutput() {
+  const absl::Time now = context_->clock->Now();
+  std::optional<absl::Time> first, last;
+  {
+    MutexLock lock(&mu_);
+    first = first_arrival_;
+    last = std::exchange(last_output_, now);
+  }
+  if (last) {
+    context_->metrics->OnNextStreamOutput(now - *last);
+  } else {
+    context_->metrics->OnFirstStreamOutput(now - *first);
+  }
 }
 
 bool StreamForwardReactor::MayReadLocked() const {

@@ -9,6 +9,7 @@
 #include <deque>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -91,6 +92,8 @@ class StreamForwardReactor
   void RouteDeferred(const SessionKey& key, StreamSession* entry);
   // Queues the message's response: what it holds, or the error.
   void Answer(std::unique_ptr<Message> message, const absl::Status& status);
+  // Notes when the stream gave output.
+  void ObserveOutput();
   void Advance();
 
   bool MayReadLocked() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -119,6 +122,8 @@ class StreamForwardReactor
   bool read_closed_ ABSL_GUARDED_BY(mu_) = false;  // The client has closed its side, or the call is dead.
   bool finished_ ABSL_GUARDED_BY(mu_) = false;
   absl::Status closing_ ABSL_GUARDED_BY(mu_);  // Not OK: nothing more is read, and the stream ends with this.
+  std::optional<absl::Time> first_arrival_ ABSL_GUARDED_BY(mu_);  // Of a message.
+  std::optional<absl::Time> last_output_ ABSL_GUARDED_BY(mu_);
   std::unique_ptr<Message> writing_ ABSL_GUARDED_BY(mu_);
   std::deque<std::unique_ptr<Message>> unwritten_ ABSL_GUARDED_BY(mu_);  // Answered, in order.
   int64_t window_messages_ ABSL_GUARDED_BY(mu_) = 0;                     // Read and not yet written.

@@ -186,6 +186,73 @@ TEST(Lifecycle, MetricsCountWhatHappens) {
   EXPECT_THAT(server.Get("/metrics"), HasSubstr("text/plain; version=0.0.4"));
 }
 
+TEST(Lifecycle, MetricsOfAStreamAndOfWhatGoesWrong) {
+  FakeClock clock;
+  ServerOptions options;
+  options.clock = &clock;
+  options.batcher.gather_fraction = 0;  // Which would wait for the clock.
+  TestServer server(FakeModelOptions{}, options);
+  server.model().OnLaunch([&](int64_t) { clock.Advance(absl::Milliseconds(30)); });
+  server.model().FailRow(2, 0);
+  const std::vector<float> input = RandomValues(1, 4);
+  const auto stream = server.client().OpenStream({});
+  StreamResponse response;
+  for (int i = 0; i < 3; ++i) {
+    ASSERT_TRUE(stream->Write({.input = AllTokens(input)}) && stream->Read(&response));
+    EXPECT_EQ(response.status.ok(), i < 2);
+  }
+  EXPECT_EQ(ErrorReason(response.status), reason::kNonFinite);
+  EXPECT_EQ(server.Metric("deltanet_stream_first_output_seconds_count"), 1);
+  EXPECT_DOUBLE_EQ(server.Metric("deltanet_stream_first_output_seconds_sum"), 0.03);
+  EXPECT_EQ(server.Metric("deltanet_stream_output_interval_seconds_count"), 1);
+  EXPECT_DOUBLE_EQ(server.Metric("deltanet_stream_output_interval_seconds_sum"), 0.03);
+  EXPECT_DOUBLE_EQ(server.Metric("deltanet_step_compute_seconds_sum{model=\"m\"}"), 0.09);
+  EXPECT_EQ(server.Metric("deltanet_step_form_seconds_count{model=\"m\"}"), 3);
+  EXPECT_EQ(server.Metric("deltanet_works_total{model=\"m\",outcome=\"NON_FINITE\"}"), 1);
+
+  server.model().Hold(3);
+  std::thread running([&] {
+    EXPECT_TRUE(server.client().Forward(AllTokens(input), {.session = SessionChoice{"named", true}}).ok());
+  });
+  server.model().WaitUntilHeld(3);
+  const auto late = server.client().OpenStream({});
+  ASSERT_TRUE(late->Write({.input = AllTokens(input), .timeout = absl::Seconds(1)}));
+  const auto given_up = server.client().OpenStream({});
+  ASSERT_TRUE(given_up->Write({.session = SessionChoice{"given-up", true}, .input = AllTokens(input)}));
+  while (server.Metric("deltanet_queued_works") != 2) {
+  }
+  EXPECT_TRUE(server.client().EndSession("given-up").ok());
+  clock.Advance(absl::Seconds(1));
+  server.model().Release(3);
+  running.join();
+  ASSERT_TRUE(late->Read(&response));
+  EXPECT_EQ(ErrorReason(response.status), reason::kDeadline);
+  ASSERT_TRUE(given_up->Read(&response));
+  EXPECT_EQ(ErrorReason(response.status), reason::kSessionEnded);
+  EXPECT_EQ(server.Metric("deltanet_works_total{model=\"m\",outcome=\"SESSION_ENDED\"}"), 1);
+  EXPECT_EQ(server.Metric("deltanet_works_total{model=\"m\",outcome=\"DEADLINE\"}"), 1);
+  EXPECT_EQ(server.Metric("deltanet_works_total{model=\"m\",outcome=\"OK\"}"), 3);
+  EXPECT_EQ(server.Metric("deltanet_errors_total{reason=\"DEADLINE\"}"), 1);
+
+  EXPECT_EQ(server.Metric("deltanet_sessions_expired_total"), 0);
+  clock.WaitUntilTimedBlocked(1);
+  clock.Advance(absl::Hours(1));
+  while (server.Metric("deltanet_sessions_expired_total") != 1) {
+  }
+  EXPECT_EQ(server.Metric("deltanet_slots{model=\"m\"}"), 8);
+  EXPECT_EQ(server.Metric("deltanet_state_bytes{model=\"m\"}"), 8 * 16);
+  for (const char* name : {"process_cpu_seconds_total", "process_resident_memory_bytes", "process_open_fds",
+                           "process_threads", "process_start_time_seconds"}) {
+    EXPECT_GT(server.Metric(name), 0) << name;
+  }
+  EXPECT_TRUE(stream->Finish().ok() && late->Finish().ok() && given_up->Finish().ok());
+  EXPECT_EQ(server.Metric("deltanet_draining"), 0);
+  server.server().StartDraining();
+  EXPECT_EQ(server.Metric("deltanet_draining"), 1);
+  EXPECT_EQ(ErrorReason(server.client().Forward(AllTokens(input), {}).status()), reason::kDraining);
+  EXPECT_EQ(server.Metric("deltanet_errors_total{reason=\"DRAINING\"}"), 1);
+}
+
 TEST(Lifecycle, ProbesFollowTheServer) {
   TestServer server(FakeModelOptions{});
   EXPECT_THAT(server.Get("/healthz"), HasSubstr("HTTP/1.1 200"));

@@ -1,5 +1,7 @@
 #include "server/host.h"
 
+#include <unistd.h>
+
 #include <filesystem>
 #include <fstream>
 #include <string>
@@ -66,6 +68,27 @@ TEST_F(Host, Version1) {
   Write("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n");
   EXPECT_EQ(MemoryLimitBytes(root_.string()), 400000);
   EXPECT_EQ(AvailableCpus(root_.string()), 1);
+}
+
+TEST_F(Host, UsageOfTheProcess) {
+  Write("/proc/self/stat",
+        "7 (a) b (c)) S 1 7 7 0 -1 4194560 100 0 0 0 250 150 0 0 20 0 12 0 1000 90000000 300 18446744\n");
+  Write("/proc/self/fd/0", "");
+  Write("/proc/self/fd/1", "");
+  const ProcessUsage usage = MeasureProcess(root_.string());
+  EXPECT_DOUBLE_EQ(usage.cpu_seconds, 400.0 / static_cast<double>(sysconf(_SC_CLK_TCK)));
+  EXPECT_EQ(usage.threads, 12);
+  EXPECT_EQ(usage.resident_bytes, 300 * sysconf(_SC_PAGESIZE));
+  EXPECT_EQ(usage.open_fds, 2);
+  EXPECT_EQ(MeasureProcess((root_ / "nowhere").string()).threads, 0);
+}
+
+TEST_F(Host, ThisProcessUsesSome) {
+  const ProcessUsage usage = MeasureProcess();
+  EXPECT_GT(usage.cpu_seconds, 0);
+  EXPECT_GE(usage.threads, 1);
+  EXPECT_GT(usage.resident_bytes, 1000000);
+  EXPECT_GE(usage.open_fds, 3);
 }
 
 TEST_F(Host, ThisMachineHasSome) { EXPECT_GT(MemoryLimitBytes(), 0); }

@@ -22,13 +22,30 @@ TEST(Metrics, EachFeedShowsInItsSeries) {
   metrics.OnStep({.model = 1,
                   .rows = 3,
                   .tokens = 100,
+                  .form = absl::Microseconds(5),
                   .prepare = absl::Microseconds(50),
                   .compute = absl::Seconds(20)});
   WorkResult result;
   result.queued = absl::Microseconds(100);
   result.computing = absl::Milliseconds(2);
   metrics.OnWorkDone(0, result);
-  const std::string text = metrics.Text({{{1, 2, 3, 4}, {5, 6, 7, 8}}, 9, 10});
+  for (const char* why : {reason::kCancelled, reason::kDeadline, reason::kNonFinite, reason::kSessionEnded,
+                          reason::kPositionMismatch, reason::kInternal}) {
+    result.status = MakeError(absl::StatusCode::kInternal, why, "x");
+    metrics.OnWorkDone(1, result);
+  }
+  metrics.OnFirstStreamOutput(absl::Milliseconds(2));
+  metrics.OnNextStreamOutput(absl::Milliseconds(20));
+  metrics.OnStall();
+  metrics.OnDeviceLost(absl::DataLossError("x"));
+  MetricsSnapshot snapshot{{{1, 2, 3, 4, 5, 6}, {5, 6, 7, 8, 9, 10}}, 9, 10};
+  snapshot.sessions_expired = 11;
+  snapshot.draining = true;
+  snapshot.batch_thread_progress = absl::FromUnixSeconds(12);
+  snapshot.batch_thread_busy = absl::Seconds(13);
+  snapshot.started = absl::FromUnixSeconds(14);
+  snapshot.process = {.cpu_seconds = 15.5, .resident_bytes = 16, .open_fds = 17, .threads = 18};
+  const std::string text = metrics.Text(snapshot);
   for (const char* sample : {
            "deltanet_requests_total{code=\"OK\",method=\"Forward\"} 1",
            "deltanet_requests_total{code=\"INTERNAL\",method=\"Forward\"} 1",
@@ -53,6 +70,30 @@ TEST(Metrics, EachFeedShowsInItsSeries) {
            "deltanet_sessions_free{model=\"a\"} 2",
            "deltanet_slots_free{model=\"b\"} 7",
            "deltanet_session_bytes{model=\"b\"} 8",
+           "deltanet_works_total{model=\"a\",outcome=\"OK\"} 1",
+           "deltanet_works_total{model=\"b\",outcome=\"OK\"} 0",
+           "deltanet_works_total{model=\"b\",outcome=\"CANCELLED\"} 1",
+           "deltanet_works_total{model=\"b\",outcome=\"DEADLINE\"} 1",
+           "deltanet_works_total{model=\"b\",outcome=\"NON_FINITE\"} 1",
+           "deltanet_works_total{model=\"b\",outcome=\"SESSION_ENDED\"} 1",
+           "deltanet_works_total{model=\"b\",outcome=\"OTHER\"} 2",
+           "deltanet_step_form_seconds_bucket{model=\"b\",le=\"0.0001\"} 1",
+           "deltanet_stream_first_output_seconds_bucket{le=\"0.0025\"} 1",
+           "deltanet_stream_output_interval_seconds_bucket{le=\"0.025\"} 1",
+           "deltanet_slots{model=\"a\"} 5",
+           "deltanet_state_bytes{model=\"a\"} 20",
+           "deltanet_model_bytes{model=\"b\"} 10",
+           "deltanet_sessions_expired_total 11",
+           "deltanet_draining 1",
+           "deltanet_device_lost 1",
+           "deltanet_batch_thread_heartbeat_timestamp_seconds 12",
+           "deltanet_batch_thread_busy_seconds 13",
+           "deltanet_batch_thread_stalls_total 1",
+           "process_start_time_seconds 14",
+           "# TYPE process_cpu_seconds_total counter\nprocess_cpu_seconds_total 15.5",
+           "process_resident_memory_bytes 16",
+           "process_open_fds 17",
+           "process_threads 18",
            "deltanet_queued_works 9",
            "deltanet_queued_tokens 10",
            "deltanet_build_info{version=\"1.2.3\"} 1",
