@@ -151,108 +151,91 @@ absl::Status ParseThreads(absl::string_view value, ServerConfig* config) {
   return absl::OkStatus();
 }
 
-const std::vector<Flag>& Flags() {
+std::vector<Flag> MakeFlags() {
   using C = ServerConfig;
-  static const std::
-      vector<Flag>&
-          flags = *new std::
-                      vector<Flag>{
-                          {"model", "NAME=DIR", "",
-                           "serve the model in directory DIR under NAME; repeat it for more (needed)",
-                           ParseModels, /*repeatable=*/true},
-                          {"device", "cpu|cuda", "cpu", "where the models run", ParseDevice},
-                          {"dtype", "float32|bfloat16", "float32",
-                           "what products are computed in, bfloat16 on CUDA only; session states are float32 "
-                           "always",
-                           ParseDType},
-                          {"listen", "HOST:PORT", "0.0.0.0:50051",
-                           "gRPC; port 0 picks a free one and the log says which", Address(&C::listen)},
-                          {"tls-cert", "FILE", "",
-                           "serve gRPC over TLS with the certificate (chain) in this PEM file, and "
-                           "--tls-key; without both, in the\n"
-                           "clear. All three files are read again every few seconds, for a certificate that "
-                           "is renewed",
-                           TlsFile(&TlsFiles::certificate)},
-                          {"tls-key", "FILE", "", "its private key, in PEM and without a passphrase",
-                           TlsFile(&TlsFiles::key)},
-                          {"tls-client-ca", "FILE", "",
-                           "mutual TLS: refuse clients without a certificate that these roots (PEM) vouch "
-                           "for",
-                           TlsFile(&TlsFiles::client_ca)},
-                          {"metrics-listen", "HOST:PORT", "0.0.0.0:9464",
-                           "HTTP, never TLS: /metrics, /healthz, /readyz", Address(&C::metrics_listen)},
-                          {"max-sessions", "N", "0",
-                           "sessions of each model; 0: as many as the state memory holds",
-                           Integer(&C::max_sessions, 0, int64_t{1} << 20)},
-                          {"state-memory", "BYTES|P%", "25% or 90%",
-                           "memory for session states, shared equally among models: bytes (KiB, MiB, GiB), "
-                           "or percent; on the\n"
-                           "CPU (default 25%) of the memory limit (of the cgroup, or what is available if "
-                           "that is less), on "
-                           "CUDA\n"
-                           "(default 90%) of what the models leave free on the device",
-                           ParseStateMemory},
-                          {"max-step-tokens", "N", "2048", "tokens of one step of the batch",
-                           Integer(&C::max_step_tokens, 64, 1 << 20)},
-                          {"max-step-rows", "N", "256", "sequences of one step of the batch",
-                           Integer(&C::max_step_rows, 1, 1 << 16)},
-                          {"max-queued-requests", "N", "4096",
-                           "sequences that may wait, and the most that one request may have",
-                           Integer(&C::max_queued_requests, 1, 1 << 24)},
-                          {"max-queued-tokens", "N", "1048576",
-                           "tokens that may wait, and the most that one request may have",
-                           Integer(&C::max_queued_tokens, 1, int64_t{1} << 40)},
-                          {"session-ttl", "DURATION", "10m",
-                           "a named session ends after this long without a message, unless it says otherwise",
-                           Duration(&C::session_ttl, absl::Milliseconds(1), absl::Hours(24 * 365))},
-                          {"max-session-ttl", "DURATION", "24h", "the most that a session may ask for",
-                           Duration(&C::max_session_ttl, absl::Milliseconds(1), absl::Hours(24 * 365))},
-                          {"max-sessions-per-peer", "N", "0",
-                           "sessions of one client (its certificate, or else its address), of all models; 0: "
-                           "no limit",
-                           Integer(&C::max_sessions_per_peer, 0, int64_t{1} << 20)},
-                          // gRPC counts in int.
-                          {"max-message-bytes", "BYTES", "64MiB", "largest request and largest response",
-                           Bytes(&C::max_message_bytes, 64 * 1024, INT32_MAX)},
-                          {"max-response-bytes", "BYTES", "0",
-                           "largest output of one message, looked at before it is computed; 0: what the "
-                           "response may weigh",
-                           Bytes(&C::max_response_bytes, 0, INT32_MAX)},
-                          {"max-concurrent-streams", "N",
-                           "1000", "calls at a time on one connection; more wait at the client",
-                           Integer(&C::max_concurrent_streams, 1, INT32_MAX)},
-                          {"keepalive-time", "DURATION", "30s",
-                           "a connection that is silent for this long is asked whether it is there",
-                           Duration(&C::keepalive_time, absl::Seconds(1), absl::Hours(24))},
-                          {"keepalive-timeout", "DURATION", "10s",
-                           "and is cut, its sessions freed, if no answer comes for this long",
-                           Duration(&C::keepalive_timeout, absl::Milliseconds(100), absl::Hours(1))},
-                          {"max-connection-age", "DURATION", "0",
-                           "clients connect anew after this long; 0: never",
-                           Duration(&C::max_connection_age, absl::ZeroDuration(), absl::Hours(24 * 365))},
-                          {"max-connection-age-grace", "DURATION", "60s",
-                           "and calls that still run on the old connection are cut then",
-                           Duration(&C::max_connection_age_grace, absl::ZeroDuration(), absl::Hours(24))},
-                          {"drain-timeout", "DURATION", "30s",
-                           "after SIGTERM, running work has this long to finish",
-                           Duration(&C::drain_timeout, absl::ZeroDuration(), absl::Hours(24))},
-                          {"step-timeout", "DURATION", "60s",
-                           "a step that takes longer turns health to NOT_SERVING until it ends",
-                           Duration(&C::step_timeout, absl::Seconds(1), absl::Hours(24))},
-                          {"threads", "N", "0",
-                           "threads that compute on the CPU; 0: as many as affinity and cgroup allow",
-                           ParseThreads},
-                          {"help", "", "", "print this and exit",
-                           [](absl::string_view, ServerConfig* config) {
-                             config->help = true;
-                             return absl::OkStatus();
-                           }},
-                          {"version", "", "", "print the version and exit",
-                           [](absl::string_view, ServerConfig* config) {
-                             config->version = true;
-                             return absl::OkStatus();
-                           }},
-                      };
+  std::vector<Flag> flags;
+  const auto add = [&flags](const char* name, const char* value, const char* fallback, const char* help,
+                            Parser parse, bool repeatable = false) {
+    flags.push_back({name, value, fallback, help, std::move(parse), repeatable});
+  };
+  add("model", "NAME=DIR", "", "serve the model in directory DIR under NAME; repeat it for more (needed)",
+      ParseModels, /*repeatable=*/true);
+  add("device", "cpu|cuda", "cpu", "where the models run", ParseDevice);
+  add("dtype", "float32|bfloat16", "float32",
+      "what products are computed in, bfloat16 on CUDA only; session states are float32 always", ParseDType);
+  add("listen", "HOST:PORT", "0.0.0.0:50051", "gRPC; port 0 picks a free one and the log says which",
+      Address(&C::listen));
+  add("tls-cert", "FILE", "",
+      "serve gRPC over TLS with the certificate (chain) in this PEM file, and --tls-key; all three files\n"
+      "are read again every few seconds, for a certificate that is renewed",
+      TlsFile(&TlsFiles::certificate));
+  add("tls-key", "FILE", "", "its private key, in PEM and without a passphrase", TlsFile(&TlsFiles::key));
+  add("tls-client-ca", "FILE", "",
+      "mutual TLS: refuse clients without a certificate that these roots (PEM) vouch for",
+      TlsFile(&TlsFiles::client_ca));
+  add("metrics-listen", "HOST:PORT", "0.0.0.0:9464", "HTTP, never TLS: /metrics, /healthz, /readyz",
+      Address(&C::metrics_listen));
+  add("max-sessions", "N", "0", "sessions of each model; 0: as many as the state memory holds",
+      Integer(&C::max_sessions, 0, int64_t{1} << 20));
+  add("state-memory", "BYTES|P%", "25% or 90%",
+      "memory for session states, shared equally among models: bytes (KiB, MiB, GiB), or percent; on the\n"
+      "CPU (default 25%) of the memory limit (of the cgroup, or what is available if that is less), on CUDA\n"
+      "(default 90%) of what the models leave free on the device",
+      ParseStateMemory);
+  add("max-step-tokens", "N", "2048", "tokens of one step of the batch",
+      Integer(&C::max_step_tokens, 64, 1 << 20));
+  add("max-step-rows", "N", "256", "sequences of one step of the batch",
+      Integer(&C::max_step_rows, 1, 1 << 16));
+  add("max-queued-requests", "N", "4096", "sequences that may wait, and the most that one request may have",
+      Integer(&C::max_queued_requests, 1, 1 << 24));
+  add("max-queued-tokens", "N", "1048576", "tokens that may wait, and the most that one request may have",
+      Integer(&C::max_queued_tokens, 1, int64_t{1} << 40));
+  add("session-ttl", "DURATION", "10m",
+      "a named session ends after this long without a message, unless it says otherwise",
+      Duration(&C::session_ttl, absl::Milliseconds(1), absl::Hours(24 * 365)));
+  add("max-session-ttl", "DURATION", "24h", "the most that a session may ask for",
+      Duration(&C::max_session_ttl, absl::Milliseconds(1), absl::Hours(24 * 365)));
+  add("max-sessions-per-peer", "N", "0",
+      "sessions of one client (its certificate, or else its address), of all models; 0: no limit",
+      Integer(&C::max_sessions_per_peer, 0, int64_t{1} << 20));
+  // gRPC counts in int.
+  add("max-message-bytes", "BYTES", "64MiB", "largest request and largest response",
+      Bytes(&C::max_message_bytes, 64 * 1024, INT32_MAX));
+  add("max-response-bytes", "BYTES", "0",
+      "largest output of one message, looked at before it is computed; 0: what the response may weigh",
+      Bytes(&C::max_response_bytes, 0, INT32_MAX));
+  add("max-concurrent-streams", "N", "1000", "calls at a time on one connection; more wait at the client",
+      Integer(&C::max_concurrent_streams, 1, INT32_MAX));
+  add("keepalive-time", "DURATION", "30s",
+      "a connection that is silent for this long is asked whether it is there",
+      Duration(&C::keepalive_time, absl::Seconds(1), absl::Hours(24)));
+  add("keepalive-timeout", "DURATION", "10s",
+      "and is cut, its sessions freed, if no answer comes for this long",
+      Duration(&C::keepalive_timeout, absl::Milliseconds(100), absl::Hours(1)));
+  add("max-connection-age", "DURATION", "0", "clients connect anew after this long; 0: never",
+      Duration(&C::max_connection_age, absl::ZeroDuration(), absl::Hours(24 * 365)));
+  add("max-connection-age-grace", "DURATION", "60s",
+      "and calls that still run on the old connection are cut then",
+      Duration(&C::max_connection_age_grace, absl::ZeroDuration(), absl::Hours(24)));
+  add("drain-timeout", "DURATION", "30s", "after SIGTERM, running work has this long to finish",
+      Duration(&C::drain_timeout, absl::ZeroDuration(), absl::Hours(24)));
+  add("step-timeout", "DURATION", "60s", "a step that takes longer turns health to NOT_SERVING until it ends",
+      Duration(&C::step_timeout, absl::Seconds(1), absl::Hours(24)));
+  add("threads", "N", "0", "threads that compute on the CPU; 0: as many as affinity and cgroup allow",
+      ParseThreads);
+  add("help", "", "", "print this and exit", [](absl::string_view, ServerConfig* config) {
+    config->help = true;
+    return absl::OkStatus();
+  });
+  add("version", "", "", "print the version and exit", [](absl::string_view, ServerConfig* config) {
+    config->version = true;
+    return absl::OkStatus();
+  });
+  return flags;
+}
+
+const std::vector<Flag>& Flags() {
+  static const std::vector<Flag>& flags = *new std::vector<Flag>(MakeFlags());
   return flags;
 }
 
