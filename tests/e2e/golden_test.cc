@@ -8,6 +8,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -18,6 +19,7 @@
 #include "model/base/safetensors.h"
 #include "model/model.h"
 #include "server/server.h"
+#include "tests/model/engine_modes.h"
 
 namespace deltanet {
 namespace {
@@ -43,10 +45,12 @@ struct Golden {
   }
 };
 
-class GoldenService : public testing::TestWithParam<std::string> {
+class GoldenService : public testing::TestWithParam<std::tuple<std::string, Mode>> {
  protected:
   void SetUp() override {
-    const std::string directory = absl::StrCat(DELTANET_TESTDATA, "/golden/", GetParam());
+    const Mode& mode = std::get<1>(GetParam());
+    SKIP_WITHOUT_DEVICE(mode);
+    const std::string directory = absl::StrCat(DELTANET_TESTDATA, "/golden/", std::get<0>(GetParam()));
     const auto file = SafetensorsReader::Open(directory + "/golden.safetensors");
     ASSERT_TRUE(file.ok()) << file.status();
     golden_.input_entry = **file->Find("input");
@@ -58,7 +62,9 @@ class GoldenService : public testing::TestWithParam<std::string> {
     ASSERT_TRUE(file->Read(output, golden_.output.data()).ok());
 
     ModelOptions options;
-    options.pool_bytes = int64_t{32} << 20;
+    options.device = mode.device;
+    options.dtype = mode.dtype;
+    options.pool_bytes = int64_t{64} << 20;
     options.cpu_threads = 2;
     auto model = LoadModel(directory, options);
     ASSERT_TRUE(model.ok()) << model.status();
@@ -77,13 +83,78 @@ class GoldenService : public testing::TestWithParam<std::string> {
     const int64_t count = golden_.tokens() * golden_.width;
     const float* want = golden_.output.data() + std::max<int64_t>(b, 0) * count;
     ASSERT_EQ(static_cast<int64_t>(output.size()), b < 0 ? count * golden_.batch() : count);
-    double magnitude = 0, error = 0;
+    EXPECT_LE(LargestError(output, want), kTolerance * Magnitude()) << "sequence " << b;
+  }
+
+  double Magnitude() const {
+    double magnitude = 0;
+    for (const float value : golden_.output)
+      magnitude = std::max(magnitude, std::abs(static_cast<double>(value)));
+    return magnitude;
+  }
+
+  // NaN if there is one.
+  static double LargestError(const std::vector<float>& output, const float* want) {
+    double error = 0;
     for (size_t i = 0; i < output.size(); ++i) {
-      magnitude = std::max(magnitude, std::abs(static_cast<double>(want[i])));
       const double difference = std::abs(static_cast<double>(output[i]) - want[i]);
       if (!(difference <= error)) error = difference;
     }
-    EXPECT_LE(error, kTolerance * magnitude) << "sequence " << b;
+    return error;
+  }
+
+  // One stream with `sessions` sessions, in random chunks, a few of which have a deadline that they can miss;
+  // sometimes the stream is given up and all begins anew. Returns the largest error of an answer.
+  double StreamWithFaults(uint32_t seed, int64_t sessions) {
+    std::mt19937 random(seed);
+    const auto draw = [&](int64_t n) { return static_cast<int64_t>(random() % n); };
+    double error = 0;
+    for (int giving_up = draw(3); giving_up >= 0; --giving_up) {
+      const auto client = Client::Connect(absl::StrCat("127.0.0.1:", server_->port()), {});
+      EXPECT_TRUE(client.ok());
+      const auto stream = client->OpenStream({});
+      std::vector<int64_t> positions(sessions, 0), left(sessions);
+      std::vector<int64_t> sequences(sessions);
+      for (int64_t i = 0; i < sessions; ++i) {
+        left[i] = i;
+        sequences[i] = draw(golden_.batch());
+      }
+      for (int64_t message = 0; !left.empty(); ++message) {
+        if (giving_up > 0 && message == 3 * sessions) {
+          stream->Cancel();
+          break;
+        }
+        const int64_t chosen = draw(static_cast<int64_t>(left.size()));
+        const int64_t i = left[chosen];
+        const int64_t end = std::min(golden_.tokens(), positions[i] + 1 + draw(60));
+        StreamRequest request;
+        request.stream_session = static_cast<uint32_t>(i);
+        request.input = golden_.Tokens(sequences[i], positions[i], end);
+        request.end_of_sequence = end == golden_.tokens();
+        request.expected_position = positions[i];
+        if (draw(8) == 0) request.timeout = absl::Microseconds(1 + draw(3000));
+        StreamResponse response;
+        if (!stream->Write(request) || !stream->Read(&response)) {
+          ADD_FAILURE() << stream->Finish();
+          return error;
+        }
+        if (!response.status.ok()) {
+          EXPECT_EQ(response.status.code(), absl::StatusCode::kDeadlineExceeded) << response.status;
+          EXPECT_EQ(response.committed_position, positions[i]);
+          continue;
+        }
+        EXPECT_EQ(response.committed_position, end);
+        std::vector<float> output;
+        Append(response.output, &output);
+        const int64_t at = sequences[i] * golden_.tokens() + response.output_position;
+        const double found = LargestError(output, golden_.output.data() + at * golden_.width);
+        if (!(found <= error)) error = found;
+        positions[i] = end;
+        if (request.end_of_sequence) left.erase(left.begin() + chosen);
+      }
+      if (left.empty()) EXPECT_TRUE(stream->Finish().ok());
+    }
+    return error;
   }
 
   static void Append(const Tensor& tensor, std::vector<float>* to) {
@@ -167,10 +238,39 @@ TEST_P(GoldenService, ANamedSessionGoesOnAcrossCalls) {
   ExpectGolden(output, 0);
 }
 
+// 200 sessions at once, over eight streams.
+TEST_P(GoldenService, ManySessionsWithFaults) {
+  constexpr int kStreams = 8, kSessions = 25;
+  std::vector<double> errors(kStreams, 0);
+  std::vector<std::thread> threads;
+  for (int i = 0; i < kStreams; ++i) {
+    threads.emplace_back([&, i] { errors[i] = StreamWithFaults(100 + i, kSessions); });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (const double error : errors) EXPECT_LE(error, kTolerance * Magnitude());
+  // What was given up has freed what it held.
+  for (;;) {
+    const auto model = client_->GetModel("golden");
+    ASSERT_TRUE(model.ok()) << model.status();
+    if (model->sessions == 0) break;
+  }
+}
+
+// bfloat16 has bounds of its own, and tests of its own in tests/model.
+std::vector<Mode> Float32Modes() {
+  std::vector<Mode> modes = Modes();
+  std::erase_if(modes, [](const Mode& mode) { return mode.dtype != DType::kFloat32; });
+  return modes;
+}
+
 INSTANTIATE_TEST_SUITE_P(Families, GoldenService,
-                         testing::Values("transformer_deltanet", "transformer_deltanet_causal",
-                                         "transformer_block", "deltanet_model", "deltanet_model_causal"),
-                         [](const auto& info) { return info.param; });
+                         testing::Combine(testing::Values("transformer_deltanet",
+                                                          "transformer_deltanet_causal", "transformer_block",
+                                                          "deltanet_model", "deltanet_model_causal"),
+                                          testing::ValuesIn(Float32Modes())),
+                         [](const auto& info) {
+                           return absl::StrCat(std::get<0>(info.param), "_", std::get<1>(info.param).name);
+                         });
 
 }  // namespace
 }  // namespace deltanet
