@@ -21,6 +21,9 @@ constexpr absl::Duration kDeviceLostGrace = absl::Seconds(5);
 // For the server to come down once its calls are cut, which waits for the step in flight.
 constexpr absl::Duration kStuckAfter = absl::Seconds(10);
 
+// How the batch thread ends the wait for a signal; it stays blocked, so that it does nothing during a drain.
+constexpr int kDeviceLostSignal = SIGUSR2;
+
 sigset_t ShutdownSignals() {
   sigset_t signals;
   sigemptyset(&signals);
@@ -48,15 +51,15 @@ ServerOptions OptionsOf(const ServerConfig& config) {
   options.connections.max_age_grace = config.max_connection_age_grace;
   options.sessions.max_per_peer = config.max_sessions_per_peer;
   options.step_timeout = config.step_timeout;
-  // Ends the wait for a signal.
-  options.on_device_lost = [] { kill(getpid(), SIGTERM); };
+  options.on_device_lost = [] { kill(getpid(), kDeviceLostSignal); };
   return options;
 }
 
 }  // namespace
 
 void BlockSignals() {
-  const sigset_t signals = ShutdownSignals();
+  sigset_t signals = ShutdownSignals();
+  sigaddset(&signals, kDeviceLostSignal);
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);
   signal(SIGPIPE, SIG_IGN);
 }
@@ -75,8 +78,12 @@ ExitStatus Serve(const ServerConfig& config, std::vector<NamedModel> models) {
        {"metrics_port", absl::StrCat((*server)->metrics_port())}});
 
   const sigset_t signals = ShutdownSignals();
+  sigset_t awaited = signals;
+  sigaddset(&awaited, kDeviceLostSignal);
   int received = 0;
-  sigwait(&signals, &received);
+  do {
+    sigwait(&awaited, &received);
+  } while (received == kDeviceLostSignal && !(*server)->device_lost());
   const bool device_lost = (*server)->device_lost();
   const absl::Duration timeout =
       device_lost ? std::min(kDeviceLostGrace, config.drain_timeout) : config.drain_timeout;
@@ -88,7 +95,8 @@ ExitStatus Serve(const ServerConfig& config, std::vector<NamedModel> models) {
   pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);  // From here on a signal ends the process.
   const bool drained = (*server)->Shutdown(timeout);
   Log(drained ? LogLevel::kInfo : LogLevel::kWarning, "stopped", {{"drained", drained ? "true" : "false"}});
-  if (device_lost) _exit(kExitDeviceLost);  // The models' destructors would only talk to the lost device.
+  if ((*server)->device_lost())
+    _exit(kExitDeviceLost);  // The models' destructors would only talk to the lost device.
   return kExitOk;
 }
 

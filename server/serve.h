@@ -17,7 +17,7 @@ enum ExitStatus : int {
   kExitStuck = 4,       // After a signal, a step still ran when --drain-timeout had long passed.
 };
 
-// Blocks SIGTERM and SIGINT, for Serve to wait for; before there is any other thread, since those inherit it.
+// Blocks the signals that Serve waits for; before there is any other thread, since those inherit it.
 void BlockSignals();
 
 // Serves until SIGTERM or SIGINT, then drains: a second one ends the process at once, by that signal. Where

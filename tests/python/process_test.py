@@ -98,6 +98,18 @@ class ProcessTest(unittest.TestCase):
         self.assertEqual(server.process.wait(TIMEOUT), 3)
         self.assertIn("the device has fallen off the bus", server.wait_for_log("device_lost"))
 
+    def test_a_device_lost_during_a_drain_does_not_cut_it_short(self):
+        server = self.start("--fake-hold=0", "--fake-lose-device=0", status=3)
+        running = self.hold_a_call(server)
+        server.process.send_signal(signal.SIGTERM)
+        self.assertEqual(next(self.watch).status, NOT_SERVING)
+        server.process.send_signal(signal.SIGUSR1)
+        with self.assertRaises(grpc.RpcError) as raised:
+            running.result()
+        self.assertIn("the device is lost", raised.exception.details())
+        self.assertEqual(server.process.wait(TIMEOUT), 3)
+        self.assertIn("drained=true", server.wait_for_log("stopped"))
+
     def test_a_start_that_fails_says_why(self):
         for flags, status, message in [
             (["--threads=many"], 2, '--threads is "many", want a whole number'),
