@@ -242,8 +242,8 @@ void RegisterAll(std::vector<std::unique_ptr<Subject>>* subjects) {
 
 int main(int argc, char** argv) {
   // OpenMP's threads wait as the server has them wait. They read this when they are loaded, before main.
-  if (std::getenv("OMP_WAIT_POLICY") == nullptr) {
-    setenv("OMP_WAIT_POLICY", "passive", 1);
+  if (std::getenv("OMP_WAIT_POLICY") == nullptr && std::getenv("GOMP_SPINCOUNT") == nullptr) {
+    setenv("GOMP_SPINCOUNT", "1000", 1);
     execv("/proc/self/exe", argv);
   }
   std::vector<std::unique_ptr<deltanet::Subject>> subjects;
