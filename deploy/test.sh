@@ -4,8 +4,8 @@
 #   deploy/test.sh           the release build and its tests
 #   deploy/test.sh --full    before that: AddressSanitizer with UndefinedBehaviorSanitizer over the tests,
 #                            ThreadSanitizer over those about threads, and Clang's thread-safety analysis;
-#                            where a Docker engine answers, the images and the docker-compose stack; after it, two
-#                            minutes of mixed clients and faults (tests/python/soak.py)
+#                            where a Docker engine answers, the images and the docker-compose stack; two minutes
+#                            of mixed clients and faults (tests/python/soak.py)
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 case ${1:-} in
@@ -35,8 +35,8 @@ if [ "$full" ]; then
   fi
 fi
 build release
-ctest --preset release -j"$(nproc)"
 if [ "$full" ]; then
   PYTHONPATH=build/release/tests/python/stubs PYTHONDONTWRITEBYTECODE=1 python \
     tests/python/soak.py build/release/bin/deltanet-server build/release/bin/deltanet-client
 fi
+ctest --preset release -j"$(nproc)"
