@@ -128,7 +128,7 @@ class Worker {
         request.end_of_sequence = end == sequence.tokens;
         if ((*out_of_step)[s]) request.expected_position = position;
         (*out_of_step)[s] = false;
-        if (Chance(0.05)) request.input.shape = {1, kWidth + 1};
+        if (Chance(0.05)) request.input.shape = {1, kWidth - 1};
         if (Chance(0.1)) request.timeout = absl::Microseconds(Random(1, 500));
         ASSERT_TRUE(stream->Write(request));
         sent[s].push_back({s, position, end});
