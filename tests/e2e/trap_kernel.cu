@@ -1,5 +1,3 @@
-#include <cuda_runtime.h>
-
 #include "tests/e2e/trap_kernel.h"
 
 namespace deltanet {
