@@ -84,8 +84,10 @@ TEST_F(Host, UsageOfTheProcess) {
 }
 
 TEST_F(Host, ThisProcessUsesSome) {
-  const ProcessUsage usage = MeasureProcess();
-  EXPECT_GT(usage.cpu_seconds, 0);
+  ProcessUsage usage = MeasureProcess();
+  // The kernel counts in ticks of 10 ms, and this process may be younger: measuring takes time too.
+  while (usage.cpu_seconds == 0) usage = MeasureProcess();
+  EXPECT_LT(usage.cpu_seconds, 100);
   EXPECT_GE(usage.threads, 1);
   EXPECT_GT(usage.resident_bytes, 1000000);
   EXPECT_GE(usage.open_fds, 3);
