@@ -4,10 +4,14 @@
 #include <c10/core/CPUAllocator.h>
 
 #include <cstring>
+#include <optional>
 #include <utility>
 
+#include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
 #include "model/base/check.h"
+#include "model/model.h"
+#include "model/torch_guard.h"
 
 #ifdef DELTANET_CUDA
 #include <ATen/cuda/CUDAContext.h>
@@ -76,6 +80,20 @@ int64_t FreeDeviceBytes(const Device& device) {
 #else
   return 0;
 #endif
+}
+
+std::optional<DeviceMemory> QueryDeviceMemory(const Device& device) {
+  if (device.type == DeviceType::kCpu) return std::nullopt;
+#ifdef DELTANET_CUDA
+  const auto memory = CatchTorch("device memory", [&]() -> absl::StatusOr<DeviceMemory> {
+    c10::cuda::CUDAGuard guard(TorchDevice(device));
+    size_t free = 0, total = 0;
+    C10_CUDA_CHECK(cudaMemGetInfo(&free, &total));
+    return DeviceMemory{static_cast<int64_t>(total), static_cast<int64_t>(free)};
+  });
+  if (memory.ok()) return *memory;
+#endif
+  return std::nullopt;
 }
 
 struct DeviceBuffer::Storage {

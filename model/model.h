@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -127,6 +128,15 @@ absl::StatusOr<std::vector<std::unique_ptr<Model>>> LoadModels(absl::Span<const 
                                                                const ModelOptions& options);
 // The same for one.
 absl::StatusOr<std::unique_ptr<Model>> LoadModel(const std::string& directory, const ModelOptions& options);
+
+// A device's own memory, as its driver counts it: not free is what any process holds, used or not.
+struct DeviceMemory {
+  int64_t total_bytes = 0;
+  int64_t free_bytes = 0;
+};
+
+// Nothing for the CPU, for a device that is not there or is lost, and in a build without CUDA. Thread-safe.
+std::optional<DeviceMemory> QueryDeviceMemory(const Device& device);
 
 }  // namespace deltanet
 

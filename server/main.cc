@@ -90,7 +90,8 @@ int Main(int argc, char** argv) {
     Log(LogLevel::kError, "failed", {{"message", message}});
     return kExitFailed;
   }
-  return Serve(*config, *std::move(models));
+  const Device device = models->front().model->description().device;
+  return Serve(*config, *std::move(models), [device] { return QueryDeviceMemory(device); });
 }
 
 }  // namespace

@@ -247,6 +247,12 @@ std::string Metrics::Text(const MetricsSnapshot& snapshot) const {
     AddGauge(value, "", &family);
     families.push_back(std::move(family));
   };
+  if (snapshot.device_memory) {
+    add(GaugeFamily("device_memory_bytes", "Memory of the device."),
+        static_cast<double>(snapshot.device_memory->total_bytes));
+    add(GaugeFamily("device_memory_free_bytes", "Memory of the device that no process holds."),
+        static_cast<double>(snapshot.device_memory->free_bytes));
+  }
   add(GaugeFamily("queued_works", "Spans of tokens that wait for their first step."),
       static_cast<double>(snapshot.queued_works));
   add(GaugeFamily("queued_tokens", "Tokens of theirs."), static_cast<double>(snapshot.queued_tokens));

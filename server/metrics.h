@@ -20,6 +20,7 @@
 //   tokens_total{model}                    tokens computed
 //   sessions{model}, sessions_free{model}, slots{model}, slots_free{model}                     now
 //   session_bytes{model}, state_bytes{model}, model_bytes{model}    of one slot, of all, of the weights
+//   device_memory_bytes, device_memory_free_bytes    of the device, whoever holds it; not there for the CPU
 //   sessions_expired_total                 named sessions that ended because nobody used them
 //   queued_works, queued_tokens            now
 //   max_queued_works, max_queued_tokens    at which more are refused
@@ -40,11 +41,13 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/time/time.h"
+#include "model/model.h"
 #include "prometheus/counter.h"
 #include "prometheus/gauge.h"
 #include "prometheus/histogram.h"
@@ -81,6 +84,7 @@ struct MetricsSnapshot {
   absl::Duration batch_thread_busy;
   absl::Time started = absl::UnixEpoch();
   ProcessUsage process;
+  std::optional<DeviceMemory> device_memory;
 };
 
 // Thread-safe. Owned by the server; outlives the batcher, which it observes, and the service.

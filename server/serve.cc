@@ -64,8 +64,11 @@ void BlockSignals() {
   signal(SIGPIPE, SIG_IGN);
 }
 
-ExitStatus Serve(const ServerConfig& config, std::vector<NamedModel> models) {
-  const absl::StatusOr<std::unique_ptr<Server>> server = Server::Start(OptionsOf(config), std::move(models));
+ExitStatus Serve(const ServerConfig& config, std::vector<NamedModel> models,
+                 std::function<std::optional<DeviceMemory>()> device_memory) {
+  ServerOptions options = OptionsOf(config);
+  options.device_memory = std::move(device_memory);
+  const absl::StatusOr<std::unique_ptr<Server>> server = Server::Start(options, std::move(models));
   if (!server.ok()) {
     const std::string message(server.status().message());
     Log(LogLevel::kError, "failed", {{"message", message}});

@@ -2,8 +2,11 @@
 #ifndef DELTANET_SERVER_SERVE_H_
 #define DELTANET_SERVER_SERVE_H_
 
+#include <functional>
+#include <optional>
 #include <vector>
 
+#include "model/model.h"
 #include "server/config.h"
 #include "server/server.h"
 
@@ -21,8 +24,10 @@ enum ExitStatus : int {
 void BlockSignals();
 
 // Serves until SIGTERM or SIGINT, then drains: a second one ends the process at once, by that signal. Where
-// the device is lost, ends the process itself (kExitDeviceLost) once the answers are out.
-ExitStatus Serve(const ServerConfig& config, std::vector<NamedModel> models);
+// the device is lost, ends the process itself (kExitDeviceLost) once the answers are out. `device_memory` as
+// in ServerOptions.
+ExitStatus Serve(const ServerConfig& config, std::vector<NamedModel> models,
+                 std::function<std::optional<DeviceMemory>()> device_memory = nullptr);
 
 }  // namespace deltanet
 

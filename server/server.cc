@@ -298,6 +298,7 @@ class Server::Impl {
     if (heartbeat.busy) snapshot.batch_thread_busy = options_.clock->Now() - heartbeat.progress;
     snapshot.started = started_;
     snapshot.process = MeasureProcess();
+    if (options_.device_memory) snapshot.device_memory = options_.device_memory();
     return snapshot;
   }
 

@@ -4,7 +4,9 @@
 #define DELTANET_SERVER_SERVER_H_
 
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -58,6 +60,8 @@ struct ServerOptions {
   // Called once, on the batch thread, when the device is lost: health has turned to NOT_SERVING for good, and
   // all work fails with INTERNAL. Only a new process helps. May be null.
   std::function<void()> on_device_lost;
+  // The device's memory, for the metrics: called, on any thread, whenever they are read. May be null.
+  std::function<std::optional<DeviceMemory>()> device_memory;
   Clock* clock = Clock::Real();  // Outlives the server.
 };
 

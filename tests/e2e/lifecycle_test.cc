@@ -7,6 +7,7 @@
 #include <atomic>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -251,6 +252,22 @@ TEST(Lifecycle, MetricsOfAStreamAndOfWhatGoesWrong) {
   EXPECT_EQ(server.Metric("deltanet_draining"), 1);
   EXPECT_EQ(ErrorReason(server.client().Forward(AllTokens(input), {}).status()), reason::kDraining);
   EXPECT_EQ(server.Metric("deltanet_errors_total{reason=\"DRAINING\"}"), 1);
+}
+
+TEST(Lifecycle, TheDevicesMemoryIsAskedForWhenMetricsAreRead) {
+  std::atomic<int64_t> free{0};
+  ServerOptions options;
+  options.device_memory = [&]() -> std::optional<DeviceMemory> {
+    if (free == 0) return std::nullopt;
+    return DeviceMemory{.total_bytes = 100, .free_bytes = free};
+  };
+  TestServer server(FakeModelOptions{}, options);
+  EXPECT_EQ(server.Metric("deltanet_device_memory_bytes"), -1);
+  for (const int now : {70, 30}) {
+    free = now;
+    EXPECT_EQ(server.Metric("deltanet_device_memory_bytes"), 100);
+    EXPECT_EQ(server.Metric("deltanet_device_memory_free_bytes"), now);
+  }
 }
 
 TEST(Lifecycle, ProbesFollowTheServer) {

@@ -5,7 +5,9 @@
 #include <deque>
 #include <fstream>
 #include <memory>
+#include <optional>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -134,6 +136,27 @@ TEST_P(EngineMemoryTest, APoolBeyondTheMemoryIsRefusedAndTheNextLoadWorks) {
   EXPECT_GE(FreeDeviceBytes(GetParam().device), free_before);
   ASSERT_NO_FATAL_FAILURE(Load());
   RunSession(0);
+}
+
+TEST(DeviceMemory, OfADeviceThatHasItsOwn) {
+  EXPECT_FALSE(QueryDeviceMemory({DeviceType::kCpu, 0}));
+  const Device cuda{DeviceType::kCuda, 0};
+  if (!CheckDevice(cuda).ok()) {
+    EXPECT_FALSE(QueryDeviceMemory(cuda));
+    GTEST_SKIP() << CheckDevice(cuda).message();
+  }
+  EXPECT_FALSE(QueryDeviceMemory({DeviceType::kCuda, 99}));
+  constexpr int64_t kBytes = int64_t{256} << 20;
+  FreeDeviceBytes(cuda);  // Nothing is left in LibTorch's cache for the buffer to come from.
+  const std::optional<DeviceMemory> before = QueryDeviceMemory(cuda);
+  const DeviceBuffer buffer(cuda, kBytes);
+  std::optional<DeviceMemory> with;
+  std::thread([&] { with = QueryDeviceMemory(cuda); }).join();
+  ASSERT_TRUE(before && with);
+  EXPECT_LE(before->free_bytes, before->total_bytes);
+  EXPECT_EQ(with->total_bytes, before->total_bytes);
+  EXPECT_LE(with->free_bytes, before->free_bytes - kBytes);
+  EXPECT_GT(with->free_bytes, 0);
 }
 
 }  // namespace

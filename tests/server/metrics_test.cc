@@ -10,6 +10,7 @@ namespace deltanet {
 namespace {
 
 using ::testing::HasSubstr;
+using ::testing::Not;
 
 TEST(Metrics, EachFeedShowsInItsSeries) {
   Metrics metrics({"a", "b"}, "1.2.3");
@@ -102,6 +103,17 @@ TEST(Metrics, EachFeedShowsInItsSeries) {
        }) {
     EXPECT_THAT(text, HasSubstr(sample));
   }
+}
+
+TEST(Metrics, TheDevicesMemoryIsThereWhereItHasItsOwn) {
+  Metrics metrics({"a"}, "1.2.3");
+  MetricsSnapshot snapshot{{{}}};
+  EXPECT_THAT(metrics.Text(snapshot), Not(HasSubstr("device_memory")));
+  snapshot.device_memory = DeviceMemory{.total_bytes = 100, .free_bytes = 30};
+  const std::string text = metrics.Text(snapshot);
+  EXPECT_THAT(text, HasSubstr("# TYPE deltanet_device_memory_bytes gauge\n"));
+  EXPECT_THAT(text, HasSubstr("\ndeltanet_device_memory_bytes 100\n"));
+  EXPECT_THAT(text, HasSubstr("deltanet_device_memory_free_bytes 30\n"));
 }
 
 }  // namespace
