@@ -37,7 +37,8 @@ class Scatter {
       if (raw == nullptr) {
         std::memset(to, 0, d * sizeof(float));
       } else if (args_.norm_scale != nullptr && seen == raw) {
-        kernels_.add_rms_norm(d, kRmsEpsilon, raw, nullptr, nullptr, nullptr, args_.norm_scale, to);
+        kernels_.add_rms_norm(d, kEpsilon.after, kEpsilon.inside, raw, nullptr, nullptr, nullptr,
+                              args_.norm_scale, to);
         seen = to;
       } else {
         std::memcpy(to, seen, d * sizeof(float));
@@ -57,6 +58,8 @@ class Scatter {
   }
 
  private:
+  static constexpr RmsEpsilon kEpsilon{};  // As the README families have it.
+
   const CpuKernels& kernels_;
   const GatherTapsArgs& args_;
   const int64_t start_;

@@ -37,7 +37,7 @@ __global__ void GatherTapsKernel(RaggedRows rows, GatherTapsArgs args) {
     if (from != nullptr && args.norm_scale != nullptr) {  // The same for all threads of the block.
       float squares = 0;
       for (int64_t i = threadIdx.x; i < d; i += blockDim.x) squares = fmaf(from[i], from[i], squares);
-      factor = 1.0f / (sqrtf(BlockSum(squares, scratch) / static_cast<float>(d)) + kRmsEpsilon);
+      factor = 1.0f / (sqrtf(BlockSum(squares, scratch) / static_cast<float>(d)) + RmsEpsilon{}.after);
     }
     for (int64_t i = threadIdx.x; i < d; i += blockDim.x) {
       float value = 0.0f;

@@ -4,6 +4,7 @@
 #define DELTANET_MODEL_OPS_CUDA_KERNELS_H_
 
 #include "absl/status/status.h"
+#include "model/ops/carry.h"
 #include "model/ops/conv_qkv.h"
 #include "model/ops/delta_rule.h"
 #include "model/ops/elementwise.h"
@@ -16,7 +17,9 @@ absl::Status GatherTapsCuda(const RaggedRows& rows, const GatherTapsArgs& args, 
 absl::Status ConvQkvActivationCuda(const RaggedRows& rows, const ConvQkvActivationArgs& args, void* stream);
 absl::Status AddRmsNormCuda(const AddRmsNormArgs& args, void* stream);
 absl::Status GatedUnitCuda(const GatedUnitArgs& args, void* stream);
-absl::Status EmbedCuda(const EmbedArgs& args, void* stream);
+absl::Status SiluGateCuda(const SiluGateArgs& args, void* stream);
+absl::Status EmbedCuda(const RaggedRows& rows, const EmbedArgs& args, void* stream);
+absl::Status CarryCuda(const RaggedRows& rows, const CarryArgs& args, void* stream);
 
 }  // namespace deltanet
 

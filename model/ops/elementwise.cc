@@ -1,5 +1,6 @@
 #include "model/ops/elementwise.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -39,14 +40,43 @@ absl::Status GatedUnit(const GatedUnitArgs& args, const OpContext& context) {
   return absl::OkStatus();
 }
 
-absl::Status Embed(const EmbedArgs& args, const OpContext& context) {
-  RETURN_IF_ERROR(CheckSizes("embedding", args.rows, args.width));
-  RETURN_IF_ERROR(CheckKernels(context, {}));
-  CUDA_DOOR(EmbedCuda(args, context.stream));
-  const int64_t d = args.width;
-  context.parallel_for(args.rows, GrainFor(kMinElements, d), [&](int64_t begin, int64_t end) {
+absl::Status SiluGate(const SiluGateArgs& args, const OpContext& context) {
+  RETURN_IF_ERROR(CheckSizes("output gate", args.rows, args.width));
+  if (args.gate_stride < args.width) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("output gate's gate_stride is ", args.gate_stride, ", want at least ", args.width));
+  }
+  RETURN_IF_ERROR(CheckKernels(context, {args.dtype}));
+  CUDA_DOOR(SiluGateCuda(args, context.stream));
+  const CpuKernels& kernels = ActiveCpuKernels();
+  const int64_t width = args.width;
+  context.parallel_for(args.rows, GrainFor(kMinElements, width), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
-      std::memcpy(args.out + n * d, args.table + args.ids[n] * d, d * sizeof(float));
+      kernels.silu_gate(width, static_cast<const float*>(args.gate) + n * args.gate_stride,
+                        static_cast<float*>(args.x) + n * width);
+    }
+  });
+  return absl::OkStatus();
+}
+
+absl::Status Embed(const RaggedRows& rows, const EmbedArgs& args, const OpContext& context) {
+  RETURN_IF_ERROR(CheckSizes("embedding", rows.tokens, args.width));
+  RETURN_IF_ERROR(CheckKernels(context, {args.dtype}));
+  CUDA_DOOR(EmbedCuda(rows, args, context.stream));
+  const int64_t d = args.width;
+  const float* const table = static_cast<const float*>(args.table);
+  context.parallel_for(rows.tokens, GrainFor(kMinElements, d), [&](int64_t begin, int64_t end) {
+    for (int64_t r = RowOfToken(rows, begin); begin < end; ++r) {
+      const int64_t row_end = std::min<int64_t>(end, rows.offsets[r + 1]);
+      for (; begin < row_end; ++begin) {
+        int64_t id = args.ids[begin];
+        if (id == kSampledId) {
+          int32_t sampled;
+          std::memcpy(&sampled, args.sampled.at(rows.base_slot[r]), sizeof(sampled));
+          id = sampled;
+        }
+        std::memcpy(args.out + begin * d, table + id * d, d * sizeof(float));
+      }
     }
   });
   return absl::OkStatus();

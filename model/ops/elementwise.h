@@ -1,4 +1,4 @@
-// Operators with one output a token and nothing remembered: gated units and the embedding lookup.
+// Operators with one output a token that remember nothing: gates and the embedding lookup.
 #ifndef DELTANET_MODEL_OPS_ELEMENTWISE_H_
 #define DELTANET_MODEL_OPS_ELEMENTWISE_H_
 
@@ -25,14 +25,29 @@ struct GatedUnitArgs {
 };
 absl::Status GatedUnit(const GatedUnitArgs& args, const OpContext& context);
 
-struct EmbedArgs {
-  int64_t rows = 0;              // N
-  int64_t width = 0;             // d
-  const int64_t* ids = nullptr;  // [N], each in [0, vocabulary): checked by the caller.
-  const float* table = nullptr;  // [vocabulary, d]
-  float* out = nullptr;          // [N, d]
+// out = x * silu(gate): the output gate of `delta_net`.
+struct SiluGateArgs {
+  int64_t rows = 0;               // N
+  int64_t width = 0;              // HV
+  DType dtype = DType::kFloat32;  // Of gate and x: float32, on CUDA also bfloat16.
+  const void* gate = nullptr;     // Row n at gate + n * gate_stride.
+  int64_t gate_stride = 0;        // Elements.
+  void* x = nullptr;              // [N, HV], in place; must not overlap gate.
 };
-absl::Status Embed(const EmbedArgs& args, const OpContext& context);
+absl::Status SiluGate(const SiluGateArgs& args, const OpContext& context);
+
+// In the place of an id: the one that is in the token's base slot (see EmbedArgs::sampled).
+inline constexpr int64_t kSampledId = -1;
+
+struct EmbedArgs {
+  int64_t width = 0;              // d
+  const int64_t* ids = nullptr;   // [N], each in [0, vocabulary) or kSampledId: checked by the caller.
+  SlotView sampled;               // One int32 a slot (in the place of a float): the id sampled last.
+  DType dtype = DType::kFloat32;  // Of the table: float32, on CUDA also bfloat16.
+  const void* table = nullptr;    // [vocabulary, d]
+  float* out = nullptr;           // [N, d]
+};
+absl::Status Embed(const RaggedRows& rows, const EmbedArgs& args, const OpContext& context);
 
 }  // namespace deltanet
 

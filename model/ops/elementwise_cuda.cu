@@ -1,4 +1,5 @@
-// Gated units and the embedding lookup on a GPU: a thread a value, each read and written once.
+// Gated units, the embedding lookup and what is carried between steps on a GPU: a thread a value, each read
+// and written once.
 #include <cstdint>
 
 #include "model/ops/cuda_kernels.h"
@@ -25,10 +26,35 @@ __global__ void GatedUnitKernel(GatedUnitArgs args) {
   static_cast<T*>(args.out)[index] = FromFloat<T>(out);
 }
 
-__global__ void EmbedKernel(EmbedArgs args) {
+template <typename T>
+__global__ void SiluGateKernel(SiluGateArgs args) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= args.rows * args.width) return;
-  args.out[index] = args.table[args.ids[index / args.width] * args.width + index % args.width];
+  const int64_t n = index / args.width, i = index % args.width;
+  const float gate = ToFloat(static_cast<const T*>(args.gate)[n * args.gate_stride + i]);
+  T* x = static_cast<T*>(args.x) + index;
+  *x = FromFloat<T>(ToFloat(*x) * (gate * Sigmoid(gate)));
+}
+
+template <typename T>
+__global__ void EmbedKernel(RaggedRows rows, EmbedArgs args) {
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (index >= rows.tokens * args.width) return;
+  const int64_t n = index / args.width;
+  int64_t id = args.ids[n];
+  if (id == kSampledId) id = __float_as_int(*args.sampled.at(rows.base_slot[rows.token_row[n]]));
+  args.out[index] = ToFloat(static_cast<const T*>(args.table)[id * args.width + index % args.width]);
+}
+
+// A thread alone reads and writes its value of each place, so base may be work.
+__global__ void CarryKernel(RaggedRows rows, CarryArgs args) {
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (index >= rows.rows * args.width) return;
+  const int64_t r = index / args.width, i = index % args.width;
+  const float before = rows.fresh[r] != 0 ? 0.0f : args.carried.at(rows.base_slot[r])[i];
+  args.x[rows.tokens * args.width + index] = before;
+  const int64_t end = rows.offsets[r + 1];
+  args.carried.at(rows.work_slot[r])[i] = end > rows.offsets[r] ? args.x[(end - 1) * args.width + i] : before;
 }
 
 unsigned Blocks(int64_t values) { return static_cast<unsigned>((values + kThreads - 1) / kThreads); }
@@ -46,10 +72,32 @@ absl::Status GatedUnitCuda(const GatedUnitArgs& args, void* stream) {
   return LaunchStatus("GatedUnitKernel");
 }
 
-absl::Status EmbedCuda(const EmbedArgs& args, void* stream) {
+absl::Status SiluGateCuda(const SiluGateArgs& args, void* stream) {
   if (args.rows == 0) return absl::OkStatus();
-  EmbedKernel<<<Blocks(args.rows * args.width), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  if (args.dtype == DType::kBFloat16) {
+    SiluGateKernel<__nv_bfloat16><<<Blocks(args.rows * args.width), kThreads, 0, cuda_stream>>>(args);
+  } else {
+    SiluGateKernel<float><<<Blocks(args.rows * args.width), kThreads, 0, cuda_stream>>>(args);
+  }
+  return LaunchStatus("SiluGateKernel");
+}
+
+absl::Status EmbedCuda(const RaggedRows& rows, const EmbedArgs& args, void* stream) {
+  if (rows.tokens == 0) return absl::OkStatus();
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  if (args.dtype == DType::kBFloat16) {
+    EmbedKernel<__nv_bfloat16><<<Blocks(rows.tokens * args.width), kThreads, 0, cuda_stream>>>(rows, args);
+  } else {
+    EmbedKernel<float><<<Blocks(rows.tokens * args.width), kThreads, 0, cuda_stream>>>(rows, args);
+  }
   return LaunchStatus("EmbedKernel");
+}
+
+absl::Status CarryCuda(const RaggedRows& rows, const CarryArgs& args, void* stream) {
+  if (rows.rows == 0) return absl::OkStatus();
+  CarryKernel<<<Blocks(rows.rows * args.width), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(rows, args);
+  return LaunchStatus("CarryKernel");
 }
 
 }  // namespace deltanet

@@ -36,8 +36,9 @@ absl::Status AddRmsNorm(const AddRmsNormArgs& args, const OpContext& context) {
       const int64_t from = (args.gather != nullptr ? args.gather[n] : n) * d;
       float* const sum_to = sum != nullptr ? sum + n * d : nullptr;
       float* const normed_to = normed != nullptr ? normed + n * d : nullptr;
-      kernels.add_rms_norm(d, kRmsEpsilon, args.x + from, delta != nullptr ? delta + from : nullptr,
-                           args.bias, sum_to, args.scale, args.scale != nullptr ? normed_to : nullptr);
+      kernels.add_rms_norm(d, args.epsilon.after, args.epsilon.inside, args.x + from,
+                           delta != nullptr ? delta + from : nullptr, args.bias, sum_to, args.scale,
+                           args.scale != nullptr ? normed_to : nullptr);
     }
   });
   return absl::OkStatus();

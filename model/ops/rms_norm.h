@@ -9,8 +9,12 @@
 
 namespace deltanet {
 
-// The README families: x / (sqrt(mean(x^2)) + kRmsEpsilon) * scale.
-inline constexpr float kRmsEpsilon = 1e-8f;
+// Where an RMSNorm has its epsilon: x / (sqrt(mean(x^2)) + after) * scale in the README families (1e-8), and
+// x / sqrt(mean(x^2) + inside) * scale in `delta_net`.
+struct RmsEpsilon {
+  float after = 1e-8f;
+  float inside = 0.0f;
+};
 
 struct AddRmsNormArgs {
   int64_t rows = 0;                     // N
@@ -23,6 +27,7 @@ struct AddRmsNormArgs {
   float* sum = nullptr;  // [N, d] x + delta + bias; null: not wanted. May be x or delta if gather is null.
   const float* scale =
       nullptr;  // [d] Null: no norm; `normed`, wanted instead of `sum`, is the sum rounded to its dtype.
+  RmsEpsilon epsilon;
   DType normed_dtype = DType::kFloat32;  // float32, on CUDA also bfloat16.
   void* normed = nullptr;  // [N, d] The RMSNorm of the sum; null: not wanted. May be x or delta (not `sum`),
                            // if that has its dtype and gather is null.

@@ -29,7 +29,8 @@ __global__ void AddRmsNormKernel(AddRmsNormArgs args) {
       const float sum = value(i);
       squares = fmaf(sum, sum, squares);
     }
-    factor = 1.0f / (sqrtf(BlockSum(squares, scratch) / static_cast<float>(d)) + kRmsEpsilon);
+    const float mean = BlockSum(squares, scratch) / static_cast<float>(d);
+    factor = 1.0f / (sqrtf(mean + args.epsilon.inside) + args.epsilon.after);
   }
   // A thread writes only where it alone reads, after it has read, so sum and normed may be x or delta.
   for (int64_t i = threadIdx.x; i < d; i += blockDim.x) {

@@ -434,8 +434,8 @@ void QkvActivation(const QkvSpan& span) {
 
 // ---- Norm and gate.
 
-void AddRmsNorm(int64_t width, float epsilon, const float* x, const float* delta, const float* bias,
-                float* sum, const float* scale, float* normed) {
+void AddRmsNorm(int64_t width, float after, float inside, const float* x, const float* delta,
+                const float* bias, float* sum, const float* scale, float* normed) {
   const auto sum_at = [&](int64_t j, int64_t lanes, auto partial) {
     constexpr bool kPartial = decltype(partial)::value;
     Vec s = LoadLanes<kPartial>(x + j, lanes);
@@ -450,8 +450,8 @@ void AddRmsNorm(int64_t width, float epsilon, const float* x, const float* delta
     squares += s * s;
   });
   if (scale == nullptr) return;
-  const float rms = __builtin_sqrtf(Sum(squares) / static_cast<float>(width));
-  const float inverse = 1.0f / (rms + epsilon);
+  const float rms = __builtin_sqrtf(Sum(squares) / static_cast<float>(width) + inside);
+  const float inverse = 1.0f / (rms + after);
   ForVectors(width, [&](int64_t j, int64_t lanes, auto partial) {
     constexpr bool kPartial = decltype(partial)::value;
     // `sum` may have replaced x or delta.
@@ -473,6 +473,14 @@ void GatedUnit(int64_t width, bool silu_first, const float* x, const float* bias
   });
 }
 
+void SiluGate(int64_t width, const float* gate, float* x) {
+  ForVectors(width, [&](int64_t j, int64_t lanes, auto partial) {
+    constexpr bool kPartial = decltype(partial)::value;
+    const Vec g = LoadLanes<kPartial>(gate + j, lanes);
+    StoreLanes<kPartial>(LoadLanes<kPartial>(x + j, lanes) * (g * Sigmoid(g)), x + j, lanes);
+  });
+}
+
 }  // namespace
 
 #define DELTANET_CONCAT_INNER(a, b) a##b
@@ -483,7 +491,13 @@ void GatedUnit(int64_t width, bool silu_first, const float* x, const float* bias
 extern "C" {
 extern const CpuKernels DELTANET_CONCAT(deltanet_cpu_kernels_, DELTANET_CPU_ISA);
 const CpuKernels DELTANET_CONCAT(deltanet_cpu_kernels_, DELTANET_CPU_ISA) = {
-    DELTANET_STRING(DELTANET_CPU_ISA), kStripVectors* kLanes, DeltaRule, QkvActivation, AddRmsNorm, GatedUnit,
+    DELTANET_STRING(DELTANET_CPU_ISA),
+    kStripVectors* kLanes,
+    DeltaRule,
+    QkvActivation,
+    AddRmsNorm,
+    GatedUnit,
+    SiluGate,
 };
 }
 

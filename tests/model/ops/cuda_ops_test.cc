@@ -715,9 +715,11 @@ TEST_P(CudaEmbedTest, CopiesRowsOfTheTable) {
     const std::vector<float> table = RandomNormal(11 * width, 12);
     const std::vector<int64_t> ids = {10, 0, 3, 3};
     Guarded out(4 * width);
+    Ragged ragged;
+    ragged.Add(4, 0, 0);
     Mirror mirror;
-    ASSERT_TRUE(Embed({.rows = 4,
-                       .width = width,
+    ASSERT_TRUE(Embed(mirror.Rows(ragged),
+                      {.width = width,
                        .ids = mirror.Copy(ids),
                        .table = mirror.Copy(table),
                        .out = mirror.Map(&out)},
@@ -755,7 +757,8 @@ TEST(CudaOpsContractTest, RefuseWhatTheyCannotDo) {
   norm.normed_dtype = half;
   EXPECT_EQ(AddRmsNorm(norm, CudaContext()).code(), refused);
   EXPECT_EQ(GatedUnit({.rows = 0, .width = 1, .dtype = half}, CudaContext()).code(), refused);
-  EXPECT_EQ(Embed({.rows = 1, .width = 0}, CudaContext()).code(), refused);
+  EXPECT_EQ(Embed(none, {.width = 0}, CudaContext()).code(), refused);
+  EXPECT_EQ(Embed(none, {.width = 1, .dtype = half}, CudaContext()).code(), refused);
 }
 
 TEST(CudaOpsContractTest, NothingToDoIsDone) {
@@ -771,7 +774,7 @@ TEST(CudaOpsContractTest, NothingToDoIsDone) {
         AddRmsNorm({.rows = 0, .width = 4, .normed_dtype = dtype, .normed = &value}, CudaContext()).ok());
     EXPECT_TRUE(GatedUnit({.rows = 0, .width = 1, .dtype = dtype}, CudaContext()).ok());
   }
-  EXPECT_TRUE(Embed({.rows = 0, .width = 1}, CudaContext()).ok());
+  EXPECT_TRUE(Embed(none, {.width = 1}, CudaContext()).ok());
 }
 
 }  // namespace

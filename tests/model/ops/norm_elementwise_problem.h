@@ -15,23 +15,25 @@
 namespace deltanet {
 
 template <typename T>
-std::vector<T> RmsNormReference(const std::vector<T>& x, int64_t rows, int64_t width, const float* scale) {
+std::vector<T> RmsNormReference(const std::vector<T>& x, int64_t rows, int64_t width, const float* scale,
+                                const RmsEpsilon& epsilon = {}) {
   std::vector<T> normed(rows * width);
   for (int64_t n = 0; n < rows; ++n) {
     T squares = 0;
     for (int64_t j = 0; j < width; ++j) squares += x[n * width + j] * x[n * width + j];
-    const T rms = std::sqrt(squares / static_cast<T>(width));
+    const T rms = std::sqrt(squares / static_cast<T>(width) + static_cast<T>(epsilon.inside));
     for (int64_t j = 0; j < width; ++j) {
-      normed[n * width + j] = x[n * width + j] / (rms + static_cast<T>(kRmsEpsilon)) * scale[j];
+      normed[n * width + j] = x[n * width + j] / (rms + static_cast<T>(epsilon.after)) * scale[j];
     }
   }
   return normed;
 }
 
-// Seven rows of `width`; bits of `parts`: 1 gathered, 2 with delta, 4 with bias, 8 sum wanted.
+// Seven rows of `width`; bits of `parts`: 1 gathered, 2 with delta, 4 with bias, 8 sum wanted, 16 the epsilon
+// inside (and large enough to be seen).
 struct NormProblem {
   static constexpr int64_t kRows = 7, kSourceRows = 9;
-  static constexpr int kPartsEnd = 16;
+  static constexpr int kPartsEnd = 32;
 
   NormProblem(int64_t width, int parts, DType delta_dtype = DType::kFloat32,
               DType normed_dtype = DType::kFloat32)
@@ -47,6 +49,7 @@ struct NormProblem {
     if (parts & 2) args.delta = delta.data();
     if (parts & 4) args.bias = bias.data();
     if (parts & 8) args.sum = sum.data();
+    if (parts & 16) args.epsilon = {.after = 0.0f, .inside = 0.125f};
     args.normed_dtype = normed_dtype;
     args.normed = normed.data();
   }
@@ -67,9 +70,10 @@ struct NormProblem {
     if (args.sum != nullptr) {
       ExpectAsGoodAsPlain(sum.data(), plain.data(), exact.data(), kRows * width, "sum");
     }
-    ExpectAsGoodAsPlain(normed.data(), RmsNormReference(plain, kRows, width, scale.data()).data(),
-                        RmsNormReference(exact, kRows, width, scale.data()).data(), kRows * width, "normed",
-                        args.normed_dtype);
+    ExpectAsGoodAsPlain(normed.data(),
+                        RmsNormReference(plain, kRows, width, scale.data(), args.epsilon).data(),
+                        RmsNormReference(exact, kRows, width, scale.data(), args.epsilon).data(),
+                        kRows * width, "normed", args.normed_dtype);
     EXPECT_TRUE(sum.GuardsIntact() && normed.GuardsIntact());
   }
 

@@ -191,7 +191,10 @@ TEST(EmbedTest, CopiesRowsOfTheTable) {
   const std::vector<float> table = RandomNormal(11 * kWidth, 12);
   const std::vector<int64_t> ids = {10, 0, 3, 3};
   Guarded out(4 * kWidth);
-  ASSERT_TRUE(Embed({.rows = 4, .width = kWidth, .ids = ids.data(), .table = table.data(), .out = out.data()},
+  Ragged ragged;
+  ragged.Add(4, 0, 0);
+  ASSERT_TRUE(Embed(ragged.rows(),
+                    {.width = kWidth, .ids = ids.data(), .table = table.data(), .out = out.data()},
                     ThreadedContext())
                   .ok());
   for (int64_t n = 0; n < 4; ++n) {
@@ -209,12 +212,14 @@ TEST(ElementwiseContractTest, RefuseWhatTheyCannotDo) {
   EXPECT_EQ(GatedUnit({.rows = 1, .width = 1}, CudaContext()).code(), absl::StatusCode::kFailedPrecondition);
 #endif
   EXPECT_TRUE(GatedUnit({.rows = 0, .width = 1}, SerialContext()).ok());
-  EXPECT_EQ(Embed({.rows = 1, .width = 0}, SerialContext()).code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_EQ(Embed({.rows = -1, .width = 1}, SerialContext()).code(), absl::StatusCode::kInvalidArgument);
+  const RaggedRows none;
+  EXPECT_EQ(Embed(none, {.width = 0}, SerialContext()).code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(Embed(none, {.width = 1, .dtype = DType::kBFloat16}, SerialContext()).code(),
+            absl::StatusCode::kInvalidArgument);
 #ifndef DELTANET_CUDA
-  EXPECT_EQ(Embed({.rows = 1, .width = 1}, CudaContext()).code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(Embed(none, {.width = 1}, CudaContext()).code(), absl::StatusCode::kFailedPrecondition);
 #endif
-  EXPECT_TRUE(Embed({.rows = 0, .width = 1}, SerialContext()).ok());
+  EXPECT_TRUE(Embed(none, {.width = 1}, SerialContext()).ok());
 }
 
 }  // namespace
