@@ -1,5 +1,6 @@
 #include "server/serve.h"
 
+#include <google/protobuf/stubs/logging.h>
 #include <signal.h>
 #include <unistd.h>
 
@@ -68,6 +69,8 @@ ExitStatus Serve(const ServerConfig& config, std::vector<NamedModel> models,
                  std::function<std::optional<DeviceMemory>()> device_memory) {
   ServerOptions options = OptionsOf(config);
   options.device_memory = std::move(device_memory);
+  // Protobuf has a line on stderr for every message with text that is not UTF-8: clients could fill the log.
+  google::protobuf::SetLogHandler(nullptr);
   const absl::StatusOr<std::unique_ptr<Server>> server = Server::Start(options, std::move(models));
   if (!server.ok()) {
     const std::string message(server.status().message());

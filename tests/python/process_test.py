@@ -110,6 +110,23 @@ class ProcessTest(unittest.TestCase):
         self.assertEqual(server.process.wait(TIMEOUT), 3)
         self.assertIn("drained=true", server.wait_for_log("stopped"))
 
+    def test_what_cannot_be_parsed_is_refused_and_not_logged(self):
+        server = self.start()
+        bad = pb.ForwardRequest(request_id="NAME").SerializeToString().replace(b"NAME", b"\xff\xfe\xfd\xfc")
+        channel = self.enterContext(grpc.insecure_channel(server.address))
+        for request in (bad, b"\xff"):
+            with self.assertRaises(grpc.RpcError):
+                channel.unary_unary("/deltanet.v1.DeltaNetService/Forward")(request, timeout=TIMEOUT)
+            stream = channel.stream_stream("/deltanet.v1.DeltaNetService/StreamForward")
+            self.assertEqual(list(stream(iter([request]), timeout=TIMEOUT)), [])
+        self.stub.Forward(REQUEST, timeout=TIMEOUT)
+        server.process.send_signal(signal.SIGTERM)
+        self.assertEqual(server.process.wait(TIMEOUT), 0)
+        server.wait_for_log(" stopped ")
+        listening, draining = (next(i for i, line in enumerate(server.log) if event in line)
+                               for event in (" listening ", " draining "))
+        self.assertEqual(server.log[listening + 1:draining], [])
+
     def test_a_start_that_fails_says_why(self):
         for flags, status, message in [
             (["--threads=many"], 2, '--threads is "many", want a whole number'),
