@@ -9,12 +9,14 @@
 #include "model/ops/delta_rule.h"
 #include "model/ops/elementwise.h"
 #include "model/ops/rms_norm.h"
+#include "model/ops/short_conv.h"
 
 namespace deltanet {
 
 absl::Status DeltaRuleCuda(const RaggedRows& rows, const DeltaRuleArgs& args, void* stream);
 absl::Status GatherTapsCuda(const RaggedRows& rows, const GatherTapsArgs& args, void* stream);
 absl::Status ConvQkvActivationCuda(const RaggedRows& rows, const ConvQkvActivationArgs& args, void* stream);
+absl::Status ShortConvQkvCuda(const RaggedRows& rows, const ShortConvQkvArgs& args, void* stream);
 absl::Status AddRmsNormCuda(const AddRmsNormArgs& args, void* stream);
 absl::Status GatedUnitCuda(const GatedUnitArgs& args, void* stream);
 absl::Status SiluGateCuda(const SiluGateArgs& args, void* stream);

@@ -432,6 +432,93 @@ void QkvActivation(const QkvSpan& span) {
   span.silu ? QkvActivationOf<true>(span) : QkvActivationOf<false>(span);
 }
 
+// ---- Short convolutions.
+
+template <SpanActivation kActivation>
+inline Vec ActivateHead(Vec x) {
+  switch (kActivation) {
+    case SpanActivation::kSilu:
+      return x * Sigmoid(x);
+    case SpanActivation::kRelu:
+      return x < 0.0f ? Vec{} : x;  // NaN stays NaN, here and below.
+    case SpanActivation::kEluPlusOne:
+      return x > 0.0f ? x + 1.0f : ExpOfNegative(x > 0.0f ? Vec{} : x);
+    case SpanActivation::kIdentity:
+      break;
+  }
+  return x;
+}
+
+// The inputs of a token that are there, and the weights of their taps, oldest first.
+struct Taps {
+  int64_t count = 0;
+  const float* input[8];
+  const float* weight[8];
+
+  Taps(const ShortConvSpan& span, int64_t token) {
+    for (int64_t j = 0; j < span.taps; ++j) {
+      const int64_t i = token + span.before - (span.taps - 1) + j;  // In the row.
+      if (i < 0 && span.tail == nullptr) continue;
+      input[count] =
+          i >= 0 ? span.z + (i - span.before) * span.z_stride : span.tail + (i + span.taps - 1) * span.width;
+      weight[count++] = span.weight + j * span.width;
+    }
+  }
+};
+
+// A token's outputs are stored as they come and normed where they are, in the L1. Inputs are read once a tap,
+// from the L1 too: computing an activation takes longer than loading what goes into it.
+template <SpanActivation kActivation>
+void ShortConvOf(const ShortConvSpan& span) {
+  for (int64_t t = 0; t < span.tokens; ++t) {
+    const float* const z = span.z + t * span.z_stride;
+    float* const out = span.out + t * span.out_stride;
+    const Taps taps(span, t);
+    Vec sum = {};
+    ForVectors(span.channels, [&](int64_t c, int64_t lanes, auto partial) {
+      constexpr bool kPartial = decltype(partial)::value;
+      Vec y = {};
+      if (span.taps == 0) y = LoadLanes<kPartial>(z + c, lanes);
+      if (span.bias != nullptr) y += LoadLanes<kPartial>(span.bias + c, lanes);
+      for (int64_t j = 0; j < taps.count; ++j) {
+        y += LoadLanes<kPartial>(taps.weight[j] + c, lanes) * LoadLanes<kPartial>(taps.input[j] + c, lanes);
+      }
+      y = ActivateHead<kActivation>(y);
+      StoreLanes<kPartial>(y, out + c, lanes);
+      if constexpr (kPartial) y = LoadPartial(out + c, lanes);  // Other lanes may not be zero: exp(0) is 1.
+      sum += span.norm == SpanNorm::kL2 ? y * y : y;
+    });
+    if (span.norm == SpanNorm::kNone) continue;
+    const float total = Sum(sum);
+    const float inverse = 1.0f / __builtin_sqrtf(total + 1e-6f);
+    ForVectors(span.channels, [&](int64_t c, int64_t lanes, auto partial) {
+      constexpr bool kPartial = decltype(partial)::value;
+      const Vec y = LoadLanes<kPartial>(out + c, lanes);
+      StoreLanes<kPartial>(span.norm == SpanNorm::kL2 ? y * inverse : y / total, out + c, lanes);
+    });
+  }
+}
+
+void ShortConv(const ShortConvSpan& span) {
+  switch (span.activation) {
+    case SpanActivation::kSilu:
+      return ShortConvOf<SpanActivation::kSilu>(span);
+    case SpanActivation::kRelu:
+      return ShortConvOf<SpanActivation::kRelu>(span);
+    case SpanActivation::kEluPlusOne:
+      return ShortConvOf<SpanActivation::kEluPlusOne>(span);
+    case SpanActivation::kIdentity:
+      return ShortConvOf<SpanActivation::kIdentity>(span);
+  }
+}
+
+void ScaledSigmoid(int64_t width, float scale, const float* x, float* y) {
+  ForVectors(width, [&](int64_t j, int64_t lanes, auto partial) {
+    constexpr bool kPartial = decltype(partial)::value;
+    StoreLanes<kPartial>(Sigmoid(LoadLanes<kPartial>(x + j, lanes)) * scale, y + j, lanes);
+  });
+}
+
 // ---- Norm and gate.
 
 void AddRmsNorm(int64_t width, float after, float inside, const float* x, const float* delta,
@@ -481,6 +568,47 @@ void SiluGate(int64_t width, const float* gate, float* x) {
   });
 }
 
+// ---- Readout.
+
+float Largest(int64_t width, const float* x) {
+  constexpr int kChains = 4;  // So that no comparison waits for the one before.
+  Vec max[kChains], check = {};
+  for (Vec& m : max) m = Broadcast(x[0]);
+  int64_t j = 0;
+  for (; j + kChains * kLanes <= width; j += kChains * kLanes) {
+    for (int c = 0; c < kChains; ++c) {
+      const Vec values = Load(x + j + c * kLanes);
+      max[c] = values > max[c] ? values : max[c];
+      check += values * 0.0f;
+    }
+  }
+  float largest = x[0], rest_check = 0;
+  for (; j < width; ++j) {
+    largest = x[j] > largest ? x[j] : largest;
+    rest_check += x[j] * 0.0f;
+  }
+  for (const Vec& m : max) {
+    for (int lane = 0; lane < kLanes; ++lane) largest = m[lane] > largest ? m[lane] : largest;
+  }
+  return largest + (Sum(check) + rest_check);
+}
+
+float SumOfExp(int64_t width, const float* x, float max, float factor, float* terms) {
+  Vec sum = {};
+  ForVectors(width, [&](int64_t j, int64_t lanes, auto partial) {
+    constexpr bool kPartial = decltype(partial)::value;
+    Vec term = ExpOfNegative((LoadLanes<kPartial>(x + j, lanes) - max) * factor);
+    if (terms != nullptr) StoreLanes<kPartial>(term, terms + j, lanes);
+    if constexpr (kPartial) {
+      float own[kLanes];
+      StorePartial(term, own, lanes);
+      term = LoadPartial(own, lanes);  // What is beyond counts as zero.
+    }
+    sum += term;
+  });
+  return Sum(sum);
+}
+
 }  // namespace
 
 #define DELTANET_CONCAT_INNER(a, b) a##b
@@ -498,6 +626,10 @@ const CpuKernels DELTANET_CONCAT(deltanet_cpu_kernels_, DELTANET_CPU_ISA) = {
     AddRmsNorm,
     GatedUnit,
     SiluGate,
+    ShortConv,
+    ScaledSigmoid,
+    Largest,
+    SumOfExp,
 };
 }
 

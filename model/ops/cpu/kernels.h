@@ -42,6 +42,26 @@ struct QkvSpan {
   bool has_position;         // Else beta is zero.
 };
 
+enum class SpanActivation { kSilu, kRelu, kEluPlusOne, kIdentity };
+enum class SpanNorm { kNone, kL2, kSum };  // As in ShortConvQkvArgs.
+// One head of q, k or v of consecutive tokens of a row, through its short convolution.
+struct ShortConvSpan {
+  int64_t tokens;
+  int64_t before;    // Tokens of the row before the span: z reaches back to them, and the tail before those.
+  int64_t channels;  // K or V
+  int64_t taps;      // 0: no convolution.
+  SpanActivation activation;
+  SpanNorm norm;
+  const float* z;  // Token t: z + t * z_stride.
+  int64_t z_stride;
+  const float* weight;  // Tap j, oldest first: weight + j * width.
+  const float* bias;    // Null: none.
+  const float* tail;    // Input i of the last taps - 1 before the row: tail + i * width. Null: zeros.
+  int64_t width;
+  float* out;  // Token t: out + t * out_stride; must not overlap z.
+  int64_t out_stride;
+};
+
 struct CpuKernels {
   const char* name;
   int64_t delta_rule_columns;  // A multiple of the vector width; what a DeltaRuleSpan is cut into.
@@ -58,6 +78,14 @@ struct CpuKernels {
   void (*gated_unit)(int64_t width, bool silu_first, const float* x, const float* bias, float* out);
   // One row, in place: x *= silu(gate).
   void (*silu_gate)(int64_t width, const float* gate, float* x);
+  void (*short_conv)(const ShortConvSpan& span);
+  // y = sigmoid(x) * scale.
+  void (*scaled_sigmoid)(int64_t width, float scale, const float* x, float* y);
+  // The largest of `width` values, at least one; NaN if any is NaN or infinite.
+  float (*largest)(int64_t width, const float* x);
+  // The sum, in float32, of exp((x_j - max) * factor): no x_j above max, factor > 0. The terms go to `terms`
+  // too, if there.
+  float (*sum_of_exp)(int64_t width, const float* x, float max, float factor, float* terms);
 };
 
 }  // namespace deltanet
