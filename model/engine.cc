@@ -17,12 +17,15 @@
 #include "model/base/status_macros.h"
 #include "model/device.h"
 #include "model/model.h"
+#include "model/ops/carry.h"
 #include "model/ops/conv_qkv.h"
 #include "model/ops/delta_rule.h"
 #include "model/ops/elementwise.h"
 #include "model/ops/gemm.h"
+#include "model/ops/readout.h"
 #include "model/ops/rms_norm.h"
 #include "model/ops/rows.h"
+#include "model/ops/short_conv.h"
 #include "model/torch_guard.h"
 #include "model/torch_parallel.h"
 #include "model/weights.h"
@@ -34,17 +37,46 @@ constexpr int64_t kAlignment = 16;  // Floats of a slot's parts.
 
 int64_t RoundUp(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Where a slot keeps what: for each layer S [H, K, V], then the tail [2, d].
+// A model over tokens without look-ahead can score and generate.
+bool Generates(const ModelConfig& config) {
+  return config.takes_tokens() && config.lookahead_per_layer() == 0;
+}
+
+int64_t QkvWidth(const Weights& weights) {
+  return weights.heads * (2 * weights.key_dim + weights.value_dim);
+}
+
+// Floats that a layer's convolution remembers.
+int64_t TailFloats(const Weights& weights) {
+  return weights.mixer == MixerKind::kComposed ? (kConvTaps - 1) * weights.config.d_model
+                                               : std::max<int64_t>(0, weights.conv_taps - 1) * QkvWidth(weights);
+}
+
+// Where a slot keeps what: for each layer S [H, K, V], then the convolution's tail; after them, in models that
+// generate, what is carried [d] (ops/carry.h) and the sampled id, an int32.
 struct SlotLayout {
   explicit SlotLayout(const Weights& weights)
       : tail_offset(RoundUp(weights.heads * weights.key_dim * weights.value_dim, kAlignment)),
-        layer_stride(tail_offset + RoundUp((kConvTaps - 1) * weights.config.d_model, kAlignment)),
-        slot_stride(layer_stride * weights.config.num_layers) {}
+        layer_stride(tail_offset + RoundUp(TailFloats(weights), kAlignment)),
+        carried_offset(layer_stride * weights.config.num_layers),
+        sampled_offset(carried_offset +
+                       (Generates(weights.config) ? RoundUp(weights.config.d_model, kAlignment) : 0)),
+        slot_stride(sampled_offset + (Generates(weights.config) ? kAlignment : 0)) {}
 
   int64_t tail_offset;  // Floats, as the rest.
   int64_t layer_stride;
+  int64_t carried_offset;
+  int64_t sampled_offset;
   int64_t slot_stride;
 };
+
+// Logits take the place of a large step's tokens times the vocabulary: they are bounded.
+constexpr int64_t kLogitsBytes = int64_t{64} << 20;
+
+int64_t MaxLogits(const Weights& weights, const ModelOptions& options) {
+  const int64_t fit = kLogitsBytes / (weights.head.outputs * DTypeBytes(DType::kFloat32));
+  return std::clamp<int64_t>(fit, std::min<int64_t>(64, options.max_step_tokens), options.max_step_tokens);
+}
 
 // Lays out buffers one behind the other.
 class Layout {
@@ -64,39 +96,52 @@ class Layout {
 // Intermediate results of one step, on the device; one after another the steps use the same. Named by
 // content; T is the dtype of the weights' matrices. Sizes are those of the largest step.
 struct Workspace {
-  Workspace(const Weights& weights, const Device& device, int64_t tokens) {
+  Workspace(const Weights& weights, const ModelOptions& options) {
+    const int64_t tokens = options.max_step_tokens;
     const int64_t d = weights.config.d_model;
+    const int64_t value_width = weights.heads * weights.value_dim;
+    const bool composed = weights.mixer == MixerKind::kComposed;
     const DType t = weights.dtype;
     int64_t ff = 0;
-    for (const LayerWeights& layer : weights.layers) ff = std::max(ff, layer.ff_out.rows);
+    for (const LayerWeights& layer : weights.layers) ff = std::max(ff, layer.ff_out.inputs);
+    z_stride = RoundUp(weights.layers[0].qkv.outputs, kAlignment);
+    qkv_stride = composed ? z_stride : RoundUp(QkvWidth(weights) + weights.heads, kAlignment);
+    logits_rows = Generates(weights.config) ? MaxLogits(weights, options) : 0;
     Layout layout;
-    const int64_t at[] = {layout.Take(tokens * d, DType::kFloat32),
-                          layout.Take(tokens * kConvTaps * d, t),
-                          layout.Take(tokens * weights.layers[0].composed.stride, t),
-                          layout.Take(tokens * d, DType::kFloat32),
-                          layout.Take(tokens * d, t),
+    const int64_t at[] = {layout.Take(composed ? tokens * d : 0, DType::kFloat32),
+                          layout.Take(composed ? tokens * kConvTaps * d : 0, t),
+                          layout.Take(tokens * z_stride, t),
+                          layout.Take(composed ? 0 : tokens * qkv_stride, t),
+                          layout.Take(tokens * value_width, DType::kFloat32),
+                          layout.Take(tokens * std::max(d, value_width), t),
                           layout.Take(tokens * d, t),
                           layout.Take(tokens * 2 * ff, t),
-                          layout.Take(tokens * ff, t)};
-    buffer = DeviceBuffer(device, layout.bytes());
+                          layout.Take(tokens * ff, t),
+                          layout.Take(logits_rows * weights.head.outputs, DType::kFloat32)};
+    buffer = DeviceBuffer(options.device, layout.bytes());
     centre = reinterpret_cast<float*>(buffer.data() + at[0]);
     taps = buffer.data() + at[1];
     z = buffer.data() + at[2];
-    mixed = reinterpret_cast<float*>(buffer.data() + at[3]);
-    normed = buffer.data() + at[4];
-    product = buffer.data() + at[5];
-    ff_in = buffer.data() + at[6];
-    ff_gated = buffer.data() + at[7];
+    qkv = composed ? z : buffer.data() + at[3];
+    mixed = reinterpret_cast<float*>(buffer.data() + at[4]);
+    normed = buffer.data() + at[5];
+    product = buffer.data() + at[6];
+    ff_in = buffer.data() + at[7];
+    ff_gated = buffer.data() + at[8];
+    logits = reinterpret_cast<float*>(buffer.data() + at[9]);
   }
 
+  int64_t z_stride, qkv_stride, logits_rows;
   float* centre;   // [N, d] The residual stream one token earlier, for centred convolutions.
   void* taps;      // [N, 3, d] T
-  void* z;         // [N, z_stride] T: q, k, v, beta.
+  void* z;         // [N, z_stride] T: projected q, k, v, beta, output gate.
+  void* qkv;       // [N, qkv_stride] T: what the delta rule takes: q, k, v, beta. z itself, if composed.
   float* mixed;    // [N, HV] What the delta rule gives.
-  void* normed;    // [N, d] T: a norm's result on its way into a product.
+  void* normed;    // [N, d or HV] T: a norm's result on its way into a product.
   void* product;   // [N, d] T: a product's result on its way back into the residual stream.
   void* ff_in;     // [N, 2f] T
   void* ff_gated;  // [N, f] T
+  float* logits;   // [logits_rows, vocabulary] For readouts, a block of them at a time.
   DeviceBuffer buffer;
 };
 
@@ -108,19 +153,25 @@ struct Staging {
     const int64_t tokens = options.max_step_tokens, rows = options.max_step_rows;
     const ModelConfig& config = weights.config;
     Layout layout;
-    const int64_t x_at = layout.Take(tokens * config.d_model, DType::kFloat32);
+    const int64_t positions = Generates(config) ? tokens + rows : 0;
+    const int64_t values = config.takes_tokens() ? MaxLogits(weights, options) : tokens;
+    const int64_t x_at = layout.Take((tokens + rows) * config.d_model, DType::kFloat32);
     const int64_t ids_at = layout.Take(config.takes_tokens() ? tokens : 0, DType::kInt64);
     const int64_t rows_at = layout.bytes();
     const int64_t at[] = {
         layout.TakeBytes((rows + 1) * sizeof(int32_t)), layout.TakeBytes(rows * sizeof(int32_t)),
         layout.TakeBytes(rows * sizeof(int32_t)),       layout.TakeBytes(rows * sizeof(uint8_t)),
         layout.TakeBytes(rows * sizeof(int64_t)),       layout.TakeBytes(rows * sizeof(int64_t)),
-        layout.TakeBytes(tokens * sizeof(int32_t)),     layout.TakeBytes(tokens * sizeof(int32_t)),
-        layout.TakeBytes(rows * sizeof(int32_t))};
+        layout.TakeBytes(tokens * sizeof(int32_t)),     layout.TakeBytes(values * sizeof(int32_t)),
+        layout.TakeBytes(rows * sizeof(int32_t)),       layout.TakeBytes(positions * sizeof(int32_t)),
+        layout.TakeBytes(positions * sizeof(ReadoutRequest))};
     rows_bytes = layout.bytes() - rows_at;
-    output_dtype = weights.head.matrix != nullptr ? weights.dtype : DType::kFloat32;
-    const int64_t output_width = weights.head.matrix != nullptr ? weights.head.columns : config.d_model;
-    const int64_t output_at = layout.Take(tokens * output_width, output_dtype);
+    const int64_t output_width = weights.head.matrix != nullptr ? weights.head.outputs : config.d_model;
+    const int64_t output_at = layout.Take(values * output_width, DType::kFloat32);
+    const int64_t read_at[] = {layout.TakeBytes(positions * sizeof(int32_t)),
+                               layout.TakeBytes(positions * sizeof(float)),
+                               layout.TakeBytes(positions * kMaxTopTokens * sizeof(int32_t)),
+                               layout.TakeBytes(positions * kMaxTopTokens * sizeof(float))};
     on_device = DeviceBuffer(options.device, layout.bytes());
     if (options.device.type != DeviceType::kCpu)
       on_host = DeviceBuffer::HostFor(options.device, layout.bytes());
@@ -138,7 +189,13 @@ struct Staging {
       s.token_row = reinterpret_cast<int32_t*>(base + at[6]);
       s.gather = reinterpret_cast<int32_t*>(base + at[7]);
       s.nonfinite = reinterpret_cast<int32_t*>(base + at[8]);
-      s.output = base + output_at;
+      s.read_gather = reinterpret_cast<int32_t*>(base + at[9]);
+      s.requests = reinterpret_cast<ReadoutRequest*>(base + at[10]);
+      s.output = reinterpret_cast<float*>(base + output_at);
+      s.read_ids = reinterpret_cast<int32_t*>(base + read_at[0]);
+      s.log_probs = reinterpret_cast<float*>(base + read_at[1]);
+      s.top_ids = reinterpret_cast<int32_t*>(base + read_at[2]);
+      s.top_log_probs = reinterpret_cast<float*>(base + read_at[3]);
       return s;
     };
     device = side(on_device.data());
@@ -146,7 +203,7 @@ struct Staging {
   }
 
   struct Side {
-    float* x;            // [N, d] The input, and from then on the residual stream.
+    float* x;            // [N + R, d] The input, then the residual stream; behind it what the rows carry.
     int64_t* ids;        // [N], for models over tokens.
     char* rows;          // The start of the following, which are copied as one.
     int32_t* offsets;    // [R+1]
@@ -156,13 +213,18 @@ struct Staging {
     int64_t* position;   // [R]
     int64_t* end;        // [R]
     int32_t* token_row;  // [N]
-    int32_t* gather;     // [N'] Tokens whose output is wanted, in order.
+    int32_t* gather;     // [N'] Rows of x whose output is handed over, in order.
     int32_t* nonfinite;  // [R] Zero before the step.
-    char* output;        // [N', output_width] of output_dtype.
+    int32_t* read_gather;      // [P] Rows of x that are read out, in order.
+    ReadoutRequest* requests;  // [P]
+    float* output;             // [N', output_width]
+    int32_t* read_ids;         // [P]
+    float* log_probs;          // [P]
+    int32_t* top_ids;          // [P, kMaxTopTokens]
+    float* top_log_probs;      // [P, kMaxTopTokens]
   };
   Side host, device;
   int64_t rows_bytes = 0;
-  DType output_dtype;
   DeviceBuffer on_host, on_device;
   DeviceEvent copied, computed, answered;  // Input on the device; output computed; output on the host.
 
@@ -172,6 +234,21 @@ struct Staging {
   std::vector<StepRow> step_rows;
   int64_t tokens = 0;   // N
   int64_t outputs = 0;  // N'
+  int64_t reads = 0;    // P
+  bool wants_top = false;
+};
+
+// Which outputs a row gives.
+struct RowOutputs {
+  RowOutputs(const StepRow& row, int64_t lookahead)
+      : carried(row.output_begin < 0),
+        begin(std::max(std::max<int64_t>(0, row.output_begin),
+                       row.tokens - OutputTokens(row.position, row.tokens, lookahead))),
+        end(std::max(begin, std::min(row.output_end, row.tokens))) {}
+  int64_t count() const { return (carried ? 1 : 0) + end - begin; }
+
+  bool carried;  // Of the token before the row.
+  int64_t begin, end;  // Of these tokens of the row.
 };
 
 class Engine final : public Model {
@@ -180,7 +257,7 @@ class Engine final : public Model {
       : weights_(std::move(weights)),
         layout_(weights_),
         threads_(options.cpu_threads),
-        workspace_(weights_, options.device, options.max_step_tokens),
+        workspace_(weights_, options),
         copy_in_(options.device),
         compute_(options.device),
         copy_out_(options.device) {
@@ -190,6 +267,9 @@ class Engine final : public Model {
     description_.input_width = config.takes_tokens() ? 1 : config.d_model;
     description_.output_width = config.takes_tokens() ? config.vocab_size : config.d_model;
     description_.vocab_size = config.vocab_size;
+    description_.generates = Generates(config);
+    description_.bos_id = config.bos_id;
+    description_.eos_ids = config.eos_ids;
     description_.lookahead = config.num_layers * config.lookahead_per_layer();
     description_.parameters = weights_.parameters;
     description_.dtype = weights_.dtype;
@@ -198,6 +278,7 @@ class Engine final : public Model {
     description_.weight_bytes = weights_.arena.bytes();
     description_.max_step_tokens = options.max_step_tokens;
     description_.max_step_rows = options.max_step_rows;
+    if (config.takes_tokens()) description_.max_step_logits = MaxLogits(weights_, options);
     description_.max_steps_in_flight = options.device.type == DeviceType::kCpu ? 1 : 2;
     for (int i = 0; i < description_.max_steps_in_flight; ++i) staging_.emplace_back(weights_, options);
   }
@@ -207,8 +288,11 @@ class Engine final : public Model {
   absl::Status WarmUp() {
     AllocatePool(2);
     const int64_t tokens = description_.max_step_tokens;
+    const int64_t outputs = description_.takes_tokens ? description_.max_step_logits : tokens;
     const std::vector<char> input(tokens * description_.input_width * sizeof(int64_t));  // Zeros, or ids 0.
-    std::vector<float> output(tokens * description_.output_width);
+    std::vector<float> output(outputs * description_.output_width);
+    int64_t id = 0;
+    float log_prob = 0;
     StepRow row;
     row.work_slot = 0;
     row.fresh = true;
@@ -216,7 +300,22 @@ class Engine final : public Model {
     row.input = input.data();
     row.input_dtype = description_.takes_tokens ? DType::kInt64 : DType::kFloat32;
     row.output = output.data();
-    ASSIGN_OR_RETURN(const StepTicket ticket, Prepare({&row, 1}));
+    row.output_begin = tokens - outputs;
+    StepRow sampling = row;
+    sampling.work_slot = 1;
+    sampling.tokens = 1;
+    sampling.output_begin = 0;
+    sampling.readout = ReadoutKind::kSample;
+    sampling.sampling.temperature = 1.0f;
+    sampling.ids = &id;
+    sampling.log_probs = &log_prob;
+    std::vector<StepRow> rows = {row};
+    if (description_.generates && description_.max_step_rows > 1) {
+      --rows[0].tokens;
+      rows[0].output_begin = std::max<int64_t>(0, rows[0].output_begin);
+      rows.push_back(sampling);
+    }
+    ASSIGN_OR_RETURN(const StepTicket ticket, Prepare(rows));
     RETURN_IF_ERROR(Launch(ticket));
     ASSIGN_OR_RETURN(const StepResult result, Wait(ticket));
     return result.rows[0];
@@ -239,7 +338,11 @@ class Engine final : public Model {
     }
     RETURN_IF_ERROR(Validate(rows));
     s.step_rows.assign(rows.begin(), rows.end());
-    s.tokens = s.outputs = 0;
+    s.tokens = s.outputs = s.reads = 0;
+    for (const StepRow& row : rows) s.tokens += row.tokens;
+    const int64_t carried_at = s.tokens;  // Of row 0, in x.
+    s.tokens = 0;
+    s.wants_top = false;
     s.host.offsets[0] = 0;
     const int64_t d = weights_.config.d_model;
     for (size_t r = 0; r < rows.size(); ++r) {
@@ -255,16 +358,29 @@ class Engine final : public Model {
       s.host.nonfinite[r] = 0;
       std::fill_n(s.host.token_row + first, row.tokens, static_cast<int32_t>(r));
       const int64_t real = RealTokens(row);
-      if (description_.takes_tokens) {
+      if (row.feed_sampled) {
+        s.host.ids[first] = kSampledId;
+      } else if (description_.takes_tokens) {
         std::memcpy(s.host.ids + first, row.input, real * sizeof(int64_t));
         std::fill_n(s.host.ids + first + real, row.tokens - real, int64_t{0});
       } else {
         ConvertElements(row.input, row.input_dtype, s.host.x + first * d, DType::kFloat32, real * d);
         std::fill_n(s.host.x + (first + real) * d, (row.tokens - real) * d, 0.0f);
       }
-      const int64_t outputs = OutputTokens(row.position, row.tokens, description_.lookahead);
-      for (int64_t i = row.tokens - outputs; i < row.tokens; ++i) {
-        s.host.gather[s.outputs++] = static_cast<int32_t>(first + i);
+      const RowOutputs wanted(row, description_.lookahead);
+      if (row.readout == ReadoutKind::kValues) {
+        if (wanted.carried) s.host.gather[s.outputs++] = static_cast<int32_t>(carried_at + r);
+        for (int64_t i = wanted.begin; i < wanted.end; ++i) {
+          s.host.gather[s.outputs++] = static_cast<int32_t>(first + i);
+        }
+      } else {
+        s.wants_top = s.wants_top || row.top > 0;
+        for (int64_t p = 0; p < wanted.count(); ++p) {
+          const int64_t token = wanted.begin + p - (wanted.carried ? 1 : 0);
+          s.host.read_gather[s.reads] =
+              static_cast<int32_t>(wanted.carried && p == 0 ? carried_at + r : first + token);
+          s.host.requests[s.reads++] = RequestOf(row, p);
+        }
       }
     }
     RETURN_IF_ERROR(Checked(CatchTorch("copying a step's input", [&] {
@@ -299,18 +415,25 @@ class Engine final : public Model {
       return absl::OkStatus();
     })));
     StepResult result;
-    const char* output = s.host.output;
+    const float* output = s.host.output;
+    int64_t read = 0;
     for (size_t r = 0; r < s.step_rows.size(); ++r) {
       const StepRow& row = s.step_rows[r];
-      const int64_t values =
-          OutputTokens(row.position, row.tokens, description_.lookahead) * description_.output_width;
-      if (s.host.nonfinite[r] != 0 || !AllFinite(output, s.output_dtype, values)) {
-        result.rows.push_back(absl::InternalError("the session's state or output became infinite or NaN"));
+      const int64_t wanted = RowOutputs(row, description_.lookahead).count();
+      bool finite = s.host.nonfinite[r] == 0;
+      if (row.readout == ReadoutKind::kValues) {
+        const int64_t values = wanted * description_.output_width;
+        finite = finite && AllFinite(output, DType::kFloat32, values);
+        if (finite) ConvertElements(output, DType::kFloat32, row.output, row.output_dtype, values);
+        output += values;
       } else {
-        ConvertElements(output, s.output_dtype, row.output, row.output_dtype, values);
-        result.rows.push_back(absl::OkStatus());
+        finite = finite && AllFinite(s.host.log_probs + read, DType::kFloat32, wanted);
+        if (finite) HandOverReadout(s.host, row, read, wanted);
+        read += wanted;
       }
-      output += values * DTypeBytes(s.output_dtype);
+      result.rows.push_back(
+          finite ? absl::OkStatus()
+                 : absl::InternalError("the session's state or output became infinite or NaN"));
     }
     return result;
   }
@@ -327,6 +450,40 @@ class Engine final : public Model {
     return std::clamp<int64_t>(row.end - row.position, 0, row.tokens);
   }
 
+  // What is asked for the output number p of those that the row wants.
+  static ReadoutRequest RequestOf(const StepRow& row, int64_t p) {
+    ReadoutRequest request;
+    request.top = row.top;
+    if (row.readout == ReadoutKind::kScore) {
+      int64_t target;
+      std::memcpy(&target, static_cast<const char*>(row.targets) + p * sizeof(target), sizeof(target));
+      request.target = static_cast<int32_t>(target);
+    }
+    if (row.readout == ReadoutKind::kSample) {
+      request.sample = 1;
+      request.sampled_slot = row.work_slot;
+      request.temperature = row.sampling.temperature;
+      request.top_k = row.sampling.top_k;
+      request.top_p = row.sampling.top_p;
+      request.seed = row.sampling.seed;
+      request.counter = row.position + row.tokens;
+    }
+    return request;
+  }
+
+  // Readouts [first, first + count) to where the row wants them.
+  static void HandOverReadout(const Staging::Side& side, const StepRow& row, int64_t first, int64_t count) {
+    for (int64_t p = 0; p < count; ++p) {
+      if (row.ids != nullptr) row.ids[p] = side.read_ids[first + p];
+      if (row.log_probs != nullptr) row.log_probs[p] = side.log_probs[first + p];
+      const int64_t from = (first + p) * kMaxTopTokens;
+      for (int64_t k = 0; k < row.top; ++k) {
+        row.top_ids[p * row.top + k] = side.top_ids[from + k];
+        row.top_log_probs[p * row.top + k] = side.top_log_probs[from + k];
+      }
+    }
+  }
+
   absl::Status WrongTicket(StepTicket ticket) const {
     return absl::FailedPreconditionError(absl::StrCat("ticket ", ticket, " is not the step under way"));
   }
@@ -337,7 +494,7 @@ class Engine final : public Model {
           absl::StrCat("step has ", rows.size(), " rows, at most ", description_.max_step_rows, " fit"));
     }
     ++validation_;
-    int64_t tokens = 0;
+    int64_t tokens = 0, values = 0;
     for (const StepRow& row : rows) {
       if (row.work_slot < 0 || row.work_slot >= description_.num_slots ||
           (!row.fresh && (row.base_slot < 0 || row.base_slot >= description_.num_slots))) {
@@ -350,8 +507,9 @@ class Engine final : public Model {
                                                        row.position, " of a sequence of ", row.end,
                                                        ", want none below 0"));
       }
+      RETURN_IF_ERROR(ValidateReadout(row));
       const bool wants_ids = description_.takes_tokens;
-      if (RealTokens(row) > 0 && (row.input_dtype == DType::kInt64) != wants_ids) {
+      if (RealTokens(row) > 0 && !row.feed_sampled && (row.input_dtype == DType::kInt64) != wants_ids) {
         return absl::InvalidArgumentError(absl::StrCat("row has input of ", DTypeName(row.input_dtype),
                                                        ", want ",
                                                        wants_ids ? "int64" : "a floating-point type"));
@@ -364,6 +522,7 @@ class Engine final : public Model {
       }
       written_by_[row.work_slot] = validation_;
       tokens += row.tokens;
+      if (row.readout == ReadoutKind::kValues) values += RowOutputs(row, description_.lookahead).count();
     }
     for (const StepRow& row : rows) {
       if (!row.fresh && row.base_slot != row.work_slot && written_by_[row.base_slot] == validation_) {
@@ -375,27 +534,155 @@ class Engine final : public Model {
       return absl::InvalidArgumentError(
           absl::StrCat("step has ", tokens, " tokens, at most ", description_.max_step_tokens, " fit"));
     }
+    if (description_.takes_tokens && values > description_.max_step_logits) {
+      return absl::InvalidArgumentError(absl::StrCat("step wants the logits of ", values, " tokens, at most ",
+                                                     description_.max_step_logits, " fit"));
+    }
     return absl::OkStatus();
   }
 
-  absl::Status Multiply(int64_t m, const void* a, const Linear& linear, void* c, int64_t ldc,
+  absl::Status ValidateReadout(const StepRow& row) const {
+    const bool needs_generation =
+        row.readout != ReadoutKind::kValues || row.feed_sampled || row.output_begin < 0;
+    if (needs_generation && !description_.generates) {
+      return absl::InvalidArgumentError("row scores, samples or feeds what was sampled, the model does not generate");
+    }
+    if (row.feed_sampled && (row.tokens != 1 || row.fresh)) {
+      return absl::InvalidArgumentError(absl::StrCat("row of ", row.tokens, row.fresh ? " fresh" : "",
+                                                     " tokens feeds what was sampled, want 1 and a base slot"));
+    }
+    if (row.output_begin < -1 || (row.output_begin < 0 && row.fresh)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("row wants outputs from token ", row.output_begin, row.fresh ? " of a fresh sequence" : "",
+                       ", want at least 0, or -1 with a base slot"));
+    }
+    if (row.top < 0 || row.top > kMaxTop) {
+      return absl::InvalidArgumentError(absl::StrCat("row wants ", row.top, " ids, want 0 to ", kMaxTop));
+    }
+    const int64_t wanted = RowOutputs(row, description_.lookahead).count();
+    if (row.readout == ReadoutKind::kSample && wanted != 1) {
+      return absl::InvalidArgumentError(absl::StrCat("row samples from ", wanted, " outputs, want 1"));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status Multiply(int64_t m, const void* a, const Linear& linear, DType c_dtype, void* c, int64_t ldc,
                         const OpContext& context) {
     GemmArgs gemm;
     gemm.dtype = weights_.dtype;
+    gemm.c_dtype = c_dtype;
     gemm.m = m;
-    gemm.n = linear.columns;
-    gemm.k = linear.rows;
+    gemm.n = linear.outputs;
+    gemm.k = linear.inputs;
     gemm.a = a;
-    gemm.lda = linear.rows;
+    gemm.lda = linear.inputs;
     gemm.b = linear.matrix;
-    gemm.ldb = linear.stride;
+    gemm.ldb = linear.inputs;
     gemm.c = c;
     gemm.ldc = ldc;
     return Gemm(gemm, context);
   }
 
+  SlotView SlotParts(int64_t offset) const { return {pool_.as<float>(), layout_.slot_stride, offset}; }
   SlotView Slots(int64_t layer, int64_t offset) const {
-    return {pool_.as<float>(), layout_.slot_stride, layer * layout_.layer_stride + offset};
+    return SlotParts(layer * layout_.layer_stride + offset);
+  }
+
+  // z and from it qkv, by convolutions composed into the product.
+  absl::Status ComposedFront(int64_t index, const RaggedRows& rows, float* x, const OpContext& context) {
+    const LayerWeights& layer = weights_.layers[index];
+    const int64_t look = weights_.config.lookahead_per_layer();
+    const DType t = weights_.dtype;
+    Workspace& w = workspace_;
+
+    GatherTapsArgs taps;
+    taps.width = weights_.config.d_model;
+    taps.lag = index * look;
+    taps.x = x;
+    taps.norm_scale = layer.pre_norm;
+    taps.tail = Slots(index, layout_.tail_offset);
+    taps.dtype = t;
+    taps.taps = w.taps;
+    taps.centre = look > 0 ? w.centre : nullptr;
+    RETURN_IF_ERROR(GatherTaps(rows, taps, context));
+    RETURN_IF_ERROR(Multiply(rows.tokens, w.taps, layer.qkv, t, w.z, w.z_stride, context));
+
+    ConvQkvActivationArgs qkv;
+    qkv.heads = weights_.heads;
+    qkv.key_dim = weights_.key_dim;
+    qkv.value_dim = weights_.value_dim;
+    qkv.activation = weights_.activation;
+    qkv.lag = taps.lag;
+    qkv.centre_tap = kConvTaps - 1 - look;
+    qkv.dtype = t;
+    qkv.z = w.z;
+    qkv.z_stride = w.z_stride;
+    qkv.bias = layer.qkv.bias;
+    qkv.tap_bias = layer.tap_bias;
+    return ConvQkvActivation(rows, qkv, context);
+  }
+
+  // The same by short convolutions after the product.
+  absl::Status ShortConvFront(int64_t index, const RaggedRows& rows, const float* x,
+                              const OpContext& context) {
+    const LayerWeights& layer = weights_.layers[index];
+    const DType t = weights_.dtype;
+    Workspace& w = workspace_;
+
+    AddRmsNormArgs norm;
+    norm.rows = rows.tokens;
+    norm.width = weights_.config.d_model;
+    norm.x = x;
+    norm.scale = layer.pre_norm;
+    norm.epsilon = weights_.epsilon;
+    norm.normed_dtype = t;
+    norm.normed = w.normed;
+    RETURN_IF_ERROR(AddRmsNorm(norm, context));
+    RETURN_IF_ERROR(Multiply(rows.tokens, w.normed, layer.qkv, t, w.z, w.z_stride, context));
+
+    ShortConvQkvArgs conv;
+    conv.heads = weights_.heads;
+    conv.key_dim = weights_.key_dim;
+    conv.value_dim = weights_.value_dim;
+    conv.activation = weights_.qk_activation;
+    conv.norm = weights_.qk_norm;
+    conv.has_beta = weights_.has_beta;
+    conv.beta_scale = weights_.beta_scale;
+    conv.taps = weights_.conv_taps;
+    conv.dtype = t;
+    conv.z = w.z;
+    conv.z_stride = w.z_stride;
+    conv.weight = layer.conv_weight;
+    conv.bias = layer.conv_bias;
+    conv.tail = Slots(index, layout_.tail_offset);
+    conv.out = w.qkv;
+    conv.out_stride = w.qkv_stride;
+    return ShortConvQkv(rows, conv, context);
+  }
+
+  // What the delta rule gave, normed (and gated) for the product behind it.
+  absl::Status NormMixed(int64_t n, const LayerWeights& layer, const OpContext& context) {
+    Workspace& w = workspace_;
+    const int64_t value_width = weights_.heads * weights_.value_dim;
+    AddRmsNormArgs norm;
+    norm.rows = weights_.norm_per_head ? n * weights_.heads : n;
+    norm.width = weights_.norm_per_head ? weights_.value_dim : value_width;
+    norm.x = w.mixed;
+    norm.scale = layer.out_norm;
+    norm.epsilon = weights_.epsilon;
+    norm.normed_dtype = weights_.dtype;
+    norm.normed = w.normed;
+    RETURN_IF_ERROR(AddRmsNorm(norm, context));
+    if (!weights_.has_output_gate) return absl::OkStatus();
+    SiluGateArgs gate;
+    gate.rows = n;
+    gate.width = value_width;
+    gate.dtype = weights_.dtype;
+    gate.gate = static_cast<const char*>(w.z) +
+                (QkvWidth(weights_) + (weights_.has_beta ? weights_.heads : 0)) * DTypeBytes(weights_.dtype);
+    gate.gate_stride = w.z_stride;
+    gate.x = w.normed;
+    return SiluGate(gate, context);
   }
 
   // One layer; the residual stream `x` [N, d] in place.
@@ -409,34 +696,12 @@ class Engine final : public Model {
     const int64_t v_width = weights_.heads * weights_.value_dim;
     const DType t = weights_.dtype;
     Workspace& w = workspace_;
+    RETURN_IF_ERROR(weights_.mixer == MixerKind::kComposed ? ComposedFront(index, rows, x, context)
+                                                           : ShortConvFront(index, rows, x, context));
 
-    GatherTapsArgs taps;
-    taps.width = d;
-    taps.lag = index * look;
-    taps.x = x;
-    taps.norm_scale = layer.pre_norm;
-    taps.tail = Slots(index, layout_.tail_offset);
-    taps.dtype = t;
-    taps.taps = w.taps;
-    taps.centre = look > 0 ? w.centre : nullptr;
-    RETURN_IF_ERROR(GatherTaps(rows, taps, context));
-    RETURN_IF_ERROR(Multiply(n, w.taps, layer.composed, w.z, layer.composed.stride, context));
-
-    ConvQkvActivationArgs qkv;
-    qkv.heads = weights_.heads;
-    qkv.key_dim = weights_.key_dim;
-    qkv.value_dim = weights_.value_dim;
-    qkv.activation = weights_.activation;
-    qkv.lag = taps.lag;
-    qkv.centre_tap = kConvTaps - 1 - look;
-    qkv.dtype = t;
-    qkv.z = w.z;
-    qkv.z_stride = layer.composed.stride;
-    qkv.bias = layer.composed.bias;
-    qkv.tap_bias = layer.tap_bias;
-    RETURN_IF_ERROR(ConvQkvActivation(rows, qkv, context));
-
-    const auto part = [&](int64_t offset) { return static_cast<const char*>(w.z) + offset * DTypeBytes(t); };
+    const auto part = [&](int64_t offset) {
+      return static_cast<const char*>(w.qkv) + offset * DTypeBytes(t);
+    };
     DeltaRuleArgs rule;
     rule.heads = weights_.heads;
     rule.key_dim = weights_.key_dim;
@@ -446,26 +711,20 @@ class Engine final : public Model {
     rule.k = part(qk_width);
     rule.v = part(2 * qk_width);
     rule.beta = part(2 * qk_width + v_width);
-    rule.token_stride = layer.composed.stride;
+    rule.token_stride = w.qkv_stride;
+    rule.scale = weights_.scale;
     rule.state = Slots(index, 0);
     rule.out = w.mixed;
     rule.nonfinite = nonfinite;
     RETURN_IF_ERROR(DeltaRule(rows, rule, context));
-
-    AddRmsNormArgs norm;
-    norm.rows = n;
-    norm.width = v_width;
-    norm.x = w.mixed;
-    norm.scale = layer.out_norm;
-    norm.normed_dtype = t;
-    norm.normed = w.normed;
-    RETURN_IF_ERROR(AddRmsNorm(norm, context));
-    RETURN_IF_ERROR(Multiply(n, w.normed, layer.out, w.product, d, context));
+    RETURN_IF_ERROR(NormMixed(n, layer, context));
+    RETURN_IF_ERROR(Multiply(n, w.normed, layer.out, t, w.product, d, context));
 
     // x = post_norm(res + m), and with it the norm that the feed-forward wants.
     AddRmsNormArgs add;
     add.rows = n;
     add.width = d;
+    add.epsilon = weights_.epsilon;
     add.x = look > 0 ? w.centre : x;
     add.delta_dtype = t;
     add.delta = w.product;
@@ -498,8 +757,8 @@ class Engine final : public Model {
         ff_from = w.normed;
       }
     }
-    const int64_t f = layer.ff_out.rows;
-    RETURN_IF_ERROR(Multiply(n, ff_from, layer.ff_in, w.ff_in, 2 * f, context));
+    const int64_t f = layer.ff_out.inputs;
+    RETURN_IF_ERROR(Multiply(n, ff_from, layer.ff_in, t, w.ff_in, 2 * f, context));
     GatedUnitArgs gate;
     gate.kind = layer.gate;
     gate.rows = n;
@@ -509,10 +768,11 @@ class Engine final : public Model {
     gate.bias = layer.ff_in.bias;
     gate.out = w.ff_gated;
     RETURN_IF_ERROR(GatedUnit(gate, context));
-    RETURN_IF_ERROR(Multiply(n, w.ff_gated, layer.ff_out, w.product, d, context));
+    RETURN_IF_ERROR(Multiply(n, w.ff_gated, layer.ff_out, t, w.product, d, context));
     AddRmsNormArgs add_ff;
     add_ff.rows = n;
     add_ff.width = d;
+    add_ff.epsilon = weights_.epsilon;
     add_ff.x = x;
     add_ff.delta_dtype = t;
     add_ff.delta = w.product;
@@ -545,39 +805,88 @@ class Engine final : public Model {
     compute_.Await(s->copied);
     if (description_.takes_tokens) {
       EmbedArgs embed;
-      embed.rows = rows.tokens;
       embed.width = d;
       embed.ids = s->device.ids;
+      embed.sampled = SlotParts(layout_.sampled_offset);
+      embed.dtype = weights_.dtype;
       embed.table = weights_.embedding;
       embed.out = x;
-      RETURN_IF_ERROR(Embed(embed, context));
+      RETURN_IF_ERROR(Embed(rows, embed, context));
     }
     for (int64_t l = 0; l < weights_.config.num_layers; ++l) {
       RETURN_IF_ERROR(RunLayer(l, rows, x, s->device.nonfinite, context));
     }
 
-    // Outputs at positions before the start of a sequence are nobody's: only the rest goes through the head.
+    if (description_.generates) {
+      CarryArgs carry;
+      carry.width = d;
+      carry.x = x;
+      carry.carried = SlotParts(layout_.carried_offset);
+      RETURN_IF_ERROR(Carry(rows, carry, context));
+    }
+
+    // Only what is wanted goes through the head.
     const bool has_head = weights_.head.matrix != nullptr;
-    AddRmsNormArgs final;
-    final.rows = s->outputs;
-    final.width = d;
-    final.x = x;
-    final.gather = s->device.gather;
-    final.scale = weights_.final_norm;
-    final.normed_dtype = has_head ? weights_.dtype : DType::kFloat32;
-    final.normed = has_head ? workspace_.normed : s->device.output;
-    RETURN_IF_ERROR(AddRmsNorm(final, context));
+    RETURN_IF_ERROR(FinalNorm(x, s->device.gather, s->outputs, has_head ? workspace_.normed : s->device.output,
+                              context));
     if (has_head) {
-      RETURN_IF_ERROR(Multiply(s->outputs, workspace_.normed, weights_.head, s->device.output,
-                               weights_.head.columns, context));
+      RETURN_IF_ERROR(Multiply(s->outputs, workspace_.normed, weights_.head, DType::kFloat32, s->device.output,
+                               weights_.head.outputs, context));
+    }
+    for (int64_t begin = 0; begin < s->reads; begin += workspace_.logits_rows) {
+      RETURN_IF_ERROR(ReadOut(s->device, x, begin, std::min(workspace_.logits_rows, s->reads - begin), context));
     }
     compute_.Record(&s->computed);
     copy_out_.Await(s->computed);
-    copy_out_.Copy(s->host.output, s->device.output,
-                   s->outputs * description_.output_width * DTypeBytes(s->output_dtype));
-    copy_out_.Copy(s->host.nonfinite, s->device.nonfinite, rows.rows * sizeof(int32_t));
+    const auto copy_out = [&](auto* to, const auto* from, int64_t elements) {
+      copy_out_.Copy(to, from, elements * static_cast<int64_t>(sizeof(*to)));
+    };
+    copy_out(s->host.output, s->device.output, s->outputs * description_.output_width);
+    copy_out(s->host.nonfinite, s->device.nonfinite, rows.rows);
+    copy_out(s->host.read_ids, s->device.read_ids, s->reads);
+    copy_out(s->host.log_probs, s->device.log_probs, s->reads);
+    if (s->wants_top) {
+      copy_out(s->host.top_ids, s->device.top_ids, s->reads * kMaxTopTokens);
+      copy_out(s->host.top_log_probs, s->device.top_log_probs, s->reads * kMaxTopTokens);
+    }
     copy_out_.Record(&s->answered);
     return absl::OkStatus();
+  }
+
+  // Rows `gather` of the residual stream, for the head or, where there is none, as the output.
+  absl::Status FinalNorm(const float* x, const int32_t* gather, int64_t count, void* normed,
+                         const OpContext& context) {
+    AddRmsNormArgs final;
+    final.rows = count;
+    final.width = weights_.config.d_model;
+    final.x = x;
+    final.gather = gather;
+    final.scale = weights_.final_norm;
+    final.epsilon = weights_.epsilon;
+    final.normed_dtype = weights_.head.matrix != nullptr ? weights_.dtype : DType::kFloat32;
+    final.normed = normed;
+    return AddRmsNorm(final, context);
+  }
+
+  // Readouts [begin, begin + count).
+  absl::Status ReadOut(const Staging::Side& side, const float* x, int64_t begin, int64_t count,
+                       const OpContext& context) {
+    Workspace& w = workspace_;
+    RETURN_IF_ERROR(FinalNorm(x, side.read_gather + begin, count, w.normed, context));
+    RETURN_IF_ERROR(
+        Multiply(count, w.normed, weights_.head, DType::kFloat32, w.logits, weights_.head.outputs, context));
+    ReadoutArgs read;
+    read.rows = count;
+    read.vocabulary = weights_.head.outputs;
+    read.logits = w.logits;
+    read.logits_stride = weights_.head.outputs;
+    read.requests = side.requests + begin;
+    read.sampled = SlotParts(layout_.sampled_offset);
+    read.ids = side.read_ids + begin;
+    read.log_probs = side.log_probs + begin;
+    read.top_ids = side.top_ids + begin * kMaxTopTokens;
+    read.top_log_probs = side.top_log_probs + begin * kMaxTopTokens;
+    return Readout(read, context);
   }
 
   // Constant after construction (the description from AllocatePool on).
@@ -609,7 +918,7 @@ absl::StatusOr<std::unique_ptr<Engine>> LoadEngine(const std::string& directory,
   const auto in_file = [&](const absl::Status& status) {
     return absl::Status(status.code(), absl::StrCat(file.path(), ": ", status.message()));
   };
-  if (const absl::Status status = ResolveHeads(file.entries(), &config); !status.ok()) return in_file(status);
+  if (const absl::Status status = ResolveFromFile(file.entries(), &config); !status.ok()) return in_file(status);
   if (const absl::Status status = CheckTensors(file.entries(), ExpectedTensors(config)); !status.ok()) {
     return in_file(status);
   }

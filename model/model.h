@@ -27,6 +27,11 @@ struct ModelDescription {
   int64_t input_width = 1;    // Values a token: d_model, or 1 for ids.
   int64_t output_width = 0;   // Values a token: d_model, or the vocabulary.
   int64_t vocab_size = 0;     // Ids are in [0, vocab_size); 0 if it does not take tokens.
+  // Whether rows may score, sample and feed what was sampled: a model over tokens without look-ahead.
+  bool generates = false;
+  // What the model's files say of its special ids; none, where they say nothing.
+  std::optional<int64_t> bos_id;
+  std::vector<int64_t> eos_ids;
   int64_t lookahead = 0;   // Tokens by which a stream's output lags its input (layers x look-ahead of one).
   int64_t parameters = 0;  // As in the file.
   DType dtype = DType::kFloat32;  // In which it computes.
@@ -36,9 +41,28 @@ struct ModelDescription {
   int64_t weight_bytes = 0;     // On the device.
   int64_t max_step_tokens = 0;  // Largest step that Prepare takes: workspace is sized for it.
   int64_t max_step_rows = 0;
+  int64_t max_step_logits = 0;  // Models over tokens: most tokens of a step whose logits are handed over.
   int max_steps_in_flight =
       1;  // Launched and not yet waited for: 1 where Launch computes (CPU), 2 where it queues.
 };
+
+// How the next token is chosen; see ops/readout.h for the mathematics.
+struct Sampling {
+  float temperature = 0.0f;  // 0: the most likely. Finite, not negative.
+  int32_t top_k = 0;         // 0: all.
+  float top_p = 1.0f;        // In (0, 1].
+  uint64_t seed = 0;
+};
+
+// What is made of the outputs that a row wants.
+enum class ReadoutKind : uint8_t {
+  kValues,  // They are handed over: logits, in a model over tokens.
+  // Models that generate only:
+  kTop,     // Their `top` most likely ids.
+  kScore,   // The log-probability of one given id each, and `top`.
+  kSample,  // One output only: an id is sampled, and `top`. It is kept beside the state in the work slot too.
+};
+inline constexpr int kMaxTop = 64;  // Of StepRow::top.
 
 // One row of a step: `tokens` tokens of one sequence, of which the first may be real and the last may be
 // flush tokens (those at times >= end, which carry no input). See model/ops/rows.h for time, position and
@@ -53,13 +77,32 @@ struct StepRow {
 
   // The real tokens' input, max(0, min(tokens, end - position)) of them: [., input_width] of input_dtype, or
   // [.] int64. Copied by Prepare. May be unaligned. Values are finite and ids in range: checked by the
-  // caller.
+  // caller. Null where feed_sampled.
   const void* input = nullptr;
   DType input_dtype = DType::kFloat32;
-  // Receives the outputs whose position is >= 0: OutputTokens() of them, [., output_width] of output_dtype,
-  // at Wait.
+  // The row has one token, the one that the last kSample row that wrote its base slot has chosen (which may
+  // be in flight still). Models that generate only.
+  bool feed_sampled = false;
+
+  // Which outputs are wanted: those of the row's tokens [output_begin, output_end), of which only those whose
+  // position is >= 0 exist. output_begin -1, in models that generate and where not fresh: also the output of
+  // the last token before the row, which the base slot carries; it comes first.
+  int64_t output_begin = 0;
+  int64_t output_end = INT64_MAX;  // More than `tokens` means `tokens`.
+  ReadoutKind readout = ReadoutKind::kValues;
+
+  // kValues: receives the outputs, [., output_width] of output_dtype, at Wait.
   void* output = nullptr;
   DType output_dtype = DType::kFloat32;
+
+  // Otherwise, for the P outputs that are wanted. What is written is written at Wait.
+  int top = 0;                       // Most likely ids wanted of each; 0 ... kMaxTop.
+  const void* targets = nullptr;     // kScore: [P] int64 ids in range. Copied by Prepare. May be unaligned.
+  Sampling sampling;                 // kSample, whose counter is the position of the token that is chosen.
+  int64_t* ids = nullptr;            // kSample: [P]
+  float* log_probs = nullptr;        // kScore, kSample: [P] of the target or the chosen id.
+  int64_t* top_ids = nullptr;        // [P, top], most likely first.
+  float* top_log_probs = nullptr;    // [P, top]
 };
 
 // Position of the first output of a span of tokens fed from time `position`, for a model that lags by
@@ -89,7 +132,7 @@ class Model {
   virtual const ModelDescription& description() const = 0;
 
   // Copies the rows' input into staging and returns a ticket; touches no slot. INVALID_ARGUMENT if a slot,
-  // size or dtype is out of range, two rows share a work slot or one reads what another writes, or the step
+  // size, readout or dtype is out of range, two rows share a work slot or one reads what another writes, or the step
   // is larger than max_step_tokens / max_step_rows; FAILED_PRECONDITION if max_steps_in_flight are under way.
   // Then nothing has changed.
   virtual absl::StatusOr<StepTicket> Prepare(absl::Span<const StepRow> rows) = 0;

@@ -12,7 +12,6 @@
 namespace deltanet {
 namespace {
 
-constexpr int64_t kAlignment = 16;      // Elements of a row of a matrix.
 constexpr int64_t kByteAlignment = 64;  // Of a weight.
 
 int64_t RoundUp(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -83,63 +82,59 @@ class Loader {
     return to.device;
   }
 
-  // Linear layers of PyTorch, y = x W^T + b with W [outputs, inputs], side by side: one product for all.
-  absl::StatusOr<Linear> Transposed(const std::vector<std::string>& names,
-                                    const std::string& bias_name = "") {
+  // Linear layers with the same input, one below the other: one product for all.
+  absl::StatusOr<Linear> Stacked(const std::vector<std::string>& names, const std::string& bias_name = "") {
     Linear linear;
     for (const std::string& name : names) {
       ASSIGN_OR_RETURN(const SafetensorsEntry* entry, file_.Find(name));
-      linear.rows = entry->shape[1];
-      linear.columns += entry->shape[0];
+      linear.inputs = entry->shape[1];
+      linear.outputs += entry->shape[0];
     }
-    linear.stride = RoundUp(linear.columns, kAlignment);
-    const Place place = Take(linear.rows * linear.stride, dtype_);
+    const Place place = Take(linear.outputs * linear.inputs, dtype_);
     linear.matrix = place.device;
     if (!bias_name.empty()) {
       ASSIGN_OR_RETURN(linear.bias, Plain(bias_name));
     }
     if (counting()) return linear;
-    std::vector<float> matrix(linear.rows * linear.stride);
-    int64_t first = 0;
+    char* to = place.host;
     for (const std::string& name : names) {
-      ASSIGN_OR_RETURN(const std::vector<double> values, Read(name));
-      const int64_t outputs = static_cast<int64_t>(values.size()) / linear.rows;
-      for (int64_t o = 0; o < outputs; ++o) {
-        for (int64_t i = 0; i < linear.rows; ++i) {
-          matrix[i * linear.stride + first + o] = static_cast<float>(values[o * linear.rows + i]);
-        }
-      }
-      first += outputs;
+      ASSIGN_OR_RETURN(const SafetensorsEntry* entry, file_.Find(name));
+      std::vector<char> raw(entry->bytes);
+      RETURN_IF_ERROR(file_.Read(*entry, raw.data()));
+      const int64_t elements = NumElements(entry->shape);
+      ConvertElements(raw.data(), entry->dtype, to, dtype_, elements);
+      to += elements * DTypeBytes(dtype_);
     }
-    ConvertElements(matrix.data(), DType::kFloat32, place.host, dtype_, matrix.size());
     return linear;
   }
 
-  // Tap j of conv3(linear(x)) is W_j (A x + a): W_j A goes into columns `first`... of the rows of tap j, W_j
-  // a into tap_bias.
+  // Tap j of conv3(linear(x)) is W_j (A x + a): W_j A goes into rows `first`... and the columns of tap j, W_j a
+  // into tap_bias.
   absl::Status Compose(const std::string& linear_name, const std::string& conv_name, int64_t first,
-                       int64_t stride, float* matrix, float* bias, float* tap_bias,
-                       int64_t tap_bias_stride) const {
+                       float* matrix, float* bias, float* tap_bias, int64_t tap_bias_stride) const {
     const int64_t d = config_.d_model;
     ASSIGN_OR_RETURN(const std::vector<double> linear, Read(absl::StrCat(linear_name, ".weight")));  // [d, d]
     ASSIGN_OR_RETURN(const std::vector<double> linear_bias, Read(absl::StrCat(linear_name, ".bias")));  // [d]
     ASSIGN_OR_RETURN(const std::vector<double> conv, Read(absl::StrCat(conv_name, ".weight")));  // [d, d, 3]
     ASSIGN_OR_RETURN(const std::vector<double> conv_bias, Read(absl::StrCat(conv_name, ".bias")));  // [d]
-    std::vector<double> tap(d * d), product(d * d);
+    std::vector<double> transposed(d * d), tap(d * d), product(d * d);
+    for (int64_t i = 0; i < d; ++i) {
+      for (int64_t j = 0; j < d; ++j) transposed[j * d + i] = linear[i * d + j];
+    }
     std::vector<double> total(conv_bias);
     for (int64_t j = 0; j < kConvTaps; ++j) {
       for (int64_t i = 0; i < d * d; ++i) tap[i] = conv[i * kConvTaps + j];
       GemmArgs gemm;
-      gemm.dtype = DType::kFloat64;
+      gemm.dtype = gemm.c_dtype = DType::kFloat64;
       gemm.m = gemm.n = gemm.k = gemm.lda = gemm.ldb = gemm.ldc = d;
       gemm.a = tap.data();
-      gemm.b = linear.data();
+      gemm.b = transposed.data();
       gemm.c = product.data();
       RETURN_IF_ERROR(Gemm(gemm, OpContext{Device{}, TorchParallelFor, nullptr}));
       for (int64_t o = 0; o < d; ++o) {
         double from_bias = 0;
         for (int64_t i = 0; i < d; ++i) {
-          matrix[(j * d + i) * stride + first + o] = static_cast<float>(product[o * d + i]);
+          matrix[(first + o) * kConvTaps * d + j * d + i] = static_cast<float>(product[o * d + i]);
           from_bias += tap[o * d + i] * linear_bias[i];
         }
         tap_bias[j * tap_bias_stride + first + o] = static_cast<float>(from_bias);
@@ -155,22 +150,21 @@ class Loader {
     const int64_t d = config_.d_model;
     const int64_t heads = config_.num_heads;
     const int64_t qkv = 3 * d;
-    Linear& composed = layer->composed;
-    composed.rows = kConvTaps * d;
-    composed.columns = qkv + heads;
-    composed.stride = RoundUp(composed.columns, kAlignment);
-    const Place place = Take(composed.rows * composed.stride, dtype_);
-    const FloatPlace bias = TakeFloats(composed.columns);
+    Linear& composed = layer->qkv;
+    composed.inputs = kConvTaps * d;
+    composed.outputs = qkv + heads;
+    const Place place = Take(composed.outputs * composed.inputs, dtype_);
+    const FloatPlace bias = TakeFloats(composed.outputs);
     const FloatPlace tap_bias = TakeFloats(kConvTaps * qkv);
     composed.matrix = place.device;
     composed.bias = bias.device;
     layer->tap_bias = tap_bias.device;
     if (!counting()) {
-      std::vector<float> matrix(composed.rows * composed.stride);
+      std::vector<float> matrix(composed.outputs * composed.inputs);
       int64_t first = 0;
       for (const char* name : {"q", "k", "v"}) {
         RETURN_IF_ERROR(Compose(absl::StrCat(prefix, name, "_linear"), absl::StrCat(prefix, name, "_conv"),
-                                first, composed.stride, matrix.data(), bias.host, tap_bias.host, qkv));
+                                first, matrix.data(), bias.host, tap_bias.host, qkv));
         first += d;
       }
       // beta sees the tap at the output's own position.
@@ -181,14 +175,14 @@ class Loader {
       const int64_t centre = kConvTaps - 1 - config_.lookahead_per_layer();
       for (int64_t h = 0; h < heads; ++h) {
         for (int64_t i = 0; i < d; ++i) {
-          matrix[(centre * d + i) * composed.stride + qkv + h] = static_cast<float>(beta[h * d + i]);
+          matrix[(qkv + h) * composed.inputs + centre * d + i] = static_cast<float>(beta[h * d + i]);
         }
         bias.host[qkv + h] = static_cast<float>(beta_bias[h]);
       }
       ConvertElements(matrix.data(), DType::kFloat32, place.host, dtype_, matrix.size());
     }
     ASSIGN_OR_RETURN(layer->out_norm, Plain(absl::StrCat(prefix, "rms_norm.scale")));
-    ASSIGN_OR_RETURN(layer->out, Transposed({absl::StrCat(prefix, "output_linear.weight")},
+    ASSIGN_OR_RETURN(layer->out, Stacked({absl::StrCat(prefix, "output_linear.weight")},
                                             absl::StrCat(prefix, "output_linear.bias")));
     return absl::OkStatus();
   }
@@ -215,14 +209,15 @@ class Loader {
         ASSIGN_OR_RETURN(layer.post_norm, Plain("norm1.scale"));
         layer.has_ff = true;
         layer.gate = GateKind::kSigmoidSecond;
-        ASSIGN_OR_RETURN(layer.ff_in, Transposed({"ffn.0.weight"}, "ffn.0.bias"));
-        ASSIGN_OR_RETURN(layer.ff_out, Transposed({"ffn.2.weight"}, "ffn.2.bias"));
+        ASSIGN_OR_RETURN(layer.ff_in, Stacked({"ffn.0.weight"}, "ffn.0.bias"));
+        ASSIGN_OR_RETURN(layer.ff_out, Stacked({"ffn.2.weight"}, "ffn.2.bias"));
         ASSIGN_OR_RETURN(layer.post_ff_norm, Plain("norm2.scale"));
         break;
       }
       case Family::kDeltaNetModel: {
         weights.activation = QkvActivation::kSilu;
-        ASSIGN_OR_RETURN(weights.embedding, Plain("embedding.weight"));
+        ASSIGN_OR_RETURN(const Linear embedding, Stacked({"embedding.weight"}));
+        weights.embedding = embedding.matrix;
         for (int64_t l = 0; l < config_.num_layers; ++l) {
           const std::string prefix = absl::StrCat("layers.", l, ".");
           LayerWeights& layer = weights.layers[l];
@@ -231,12 +226,12 @@ class Loader {
           layer.has_ff = true;
           layer.gate = GateKind::kSiluFirst;
           ASSIGN_OR_RETURN(layer.ff_norm, Plain(absl::StrCat(prefix, "norm2.scale")));
-          ASSIGN_OR_RETURN(layer.ff_in, Transposed({absl::StrCat(prefix, "mlp.w1.weight"),
+          ASSIGN_OR_RETURN(layer.ff_in, Stacked({absl::StrCat(prefix, "mlp.w1.weight"),
                                                     absl::StrCat(prefix, "mlp.w2.weight")}));
-          ASSIGN_OR_RETURN(layer.ff_out, Transposed({absl::StrCat(prefix, "mlp.w3.weight")}));
+          ASSIGN_OR_RETURN(layer.ff_out, Stacked({absl::StrCat(prefix, "mlp.w3.weight")}));
         }
         ASSIGN_OR_RETURN(weights.final_norm, Plain("norm_f.scale"));
-        ASSIGN_OR_RETURN(weights.head, Transposed({"head.weight"}));
+        ASSIGN_OR_RETURN(weights.head, Stacked({"head.weight"}));
         break;
       }
     }

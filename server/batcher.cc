@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <deque>
+#include <limits>
 #include <string>
 #include <utility>
 #include <vector>
@@ -32,12 +33,56 @@ struct QueuedWork {
   int64_t total = 0;     // Tokens to feed, flush tokens included.
   int64_t fed = 0;       // Of them, put into steps.
   int in_flight = 0;     // Steps formed with a piece of it and not done.
+  // Of a generation.
+  int64_t sampled = 0;       // Rows formed that choose a token.
+  int64_t given = 0;         // Tokens given to on_token.
+  int64_t fed_back = 0;      // Rows formed that feed a chosen token.
+  bool stopped = false;      // The last token has been given.
+  absl::Time last_token;     // When a token was given last; before: when the work was submitted.
+  absl::Duration first_token;
   bool started = false;  // Has been in a step.
   absl::Duration queued;
   absl::Duration computing;
   // Why it was given up while in flight: its buffers are in use until no step has it any more.
   absl::Status error;
 };
+
+// What a generation's next row does, once its prompt is in steps.
+enum class NextRow {
+  kNone,      // Nothing, until a token is known, or for good.
+  kSample,    // The first token, from what the lane carries: there is no prompt.
+  kFeedSample,  // Feeds the last token chosen and chooses the next.
+  kFeed,      // Feeds the last token, so that the lane has it.
+};
+
+// At most one token is chosen ahead of what is known: when a token turns out to be the last, no row has fed
+// anything beyond it.
+NextRow NextGenerationRow(const QueuedWork& head) {
+  const Generation& generation = *head.work->generation;
+  if (head.in_flight > 1) return NextRow::kNone;
+  if (!head.stopped && head.sampled < generation.max_tokens) {
+    return head.sampled == 0 ? NextRow::kSample : NextRow::kFeedSample;
+  }
+  const int64_t last = head.stopped ? head.given : generation.max_tokens;
+  return generation.keep_state && head.fed_back < last ? NextRow::kFeed : NextRow::kNone;
+}
+
+bool Generating(const QueuedWork& head) {
+  return head.work->generation != nullptr && head.fed == head.total && (head.total == 0 || head.sampled > 0);
+}
+
+// Whether a row of the work can be put into a step.
+bool HasRow(const QueuedWork& head) {
+  if (head.fed < head.total) return true;
+  return Generating(head) && NextGenerationRow(head) != NextRow::kNone;
+}
+
+// Whether all of the work has been computed; only if none of it is in flight.
+bool Finished(const QueuedWork& head) {
+  if (head.fed < head.total) return false;
+  if (head.work->generation == nullptr) return true;
+  return head.stopped && (!head.work->generation->keep_state || head.fed_back >= head.given);
+}
 
 }  // namespace
 
@@ -59,7 +104,7 @@ class Lane {
   bool closed = false;
   bool ended = false;
   bool out_of_step = false;
-  bool in_ready = false;       // In its model's list of ready lanes.
+  bool in_ready = false;       // In one of its model's two lists of ready lanes.
   int64_t awaited_epoch = -1;  // The gathering that waits for this lane; see gather_epoch_.
 
   bool in_flight() const { return !queue.empty() && queue.front().in_flight > 0; }
@@ -69,9 +114,9 @@ class Lane {
 // of one model, Prepare, Launch, and where the pipeline is full or nothing more can be launched, Wait for the
 // oldest step and complete it.
 //
-// A lane is in its model's `ready` list if its head has a piece to launch or may have to be answered. So: a
-// lane with queued work is ready unless its head is in flight with nothing left to launch (or given up);
-// completing that step makes it ready again.
+// A lane is in its model's `ready` list, or in `generating` if its head generates, if its head has a piece to
+// launch or may have to be answered. So: a lane with queued work is ready unless its head is in flight with
+// nothing left to launch (or given up); completing that step makes it ready again.
 class Batcher::Impl {
  public:
   Impl(const BatcherOptions& options, Clock* clock, BatchObserver* observer)
@@ -94,7 +139,10 @@ class Batcher::Impl {
     {
       MutexLock lock(&mu_);
       for (const auto& served : models_) {
-        for (const std::shared_ptr<Lane>& lane : served->ready) {
+        std::deque<std::shared_ptr<Lane>> lanes = std::move(served->ready);
+        lanes.insert(lanes.end(), served->generating.begin(), served->generating.end());
+        served->generating.clear();
+        for (const std::shared_ptr<Lane>& lane : lanes) {
           lane->in_ready = false;
           while (!lane->queue.empty()) {
             FailHeadLocked(lane,
@@ -200,6 +248,14 @@ class Batcher::Impl {
     MutexLock lock(&mu_);
     return queued_tokens_;
   }
+  int64_t running_generations(int model) const {
+    MutexLock lock(&mu_);
+    return models_[model]->running_generations;
+  }
+  int64_t waiting_generations(int model) const {
+    MutexLock lock(&mu_);
+    return models_[model]->waiting_generations;
+  }
   Heartbeat heartbeat() const {
     MutexLock lock(&mu_);
     return heartbeat_;
@@ -235,16 +291,28 @@ class Batcher::Impl {
     int64_t max_sessions = 0;
 
     // Guarded by mu_.
-    std::deque<std::shared_ptr<Lane>> ready;  // In the order of their turns.
+    std::deque<std::shared_ptr<Lane>> ready;       // In the order of their turns, as those that generate:
+    std::deque<std::shared_ptr<Lane>> generating;  // these go first.
+    int64_t running_generations = 0;
+    int64_t waiting_generations = 0;
     absl::Duration used;                      // Computing time, as the choice of the next model counts it.
     int64_t last_step = -1;
     int steps_in_flight = 0;
+  };
+
+  // Where a row that samples leaves what it has chosen.
+  struct SampledToken {
+    int64_t id = 0;
+    float log_prob = 0;
+    std::vector<int64_t> top_ids;
+    std::vector<float> top_log_probs;
   };
 
   struct Step {
     int model = 0;
     StepTicket ticket = 0;
     std::vector<std::shared_ptr<Lane>> lanes;  // One a row; the row is a piece of the lane's head.
+    std::vector<std::unique_ptr<SampledToken>> samples;  // One a row; null if the row samples none.
     int64_t tokens = 0;
     absl::Time begin;     // Of forming it.
     absl::Time formed;    // When Prepare was called.
@@ -277,8 +345,9 @@ class Batcher::Impl {
   // Whether one of `count` works that come together may be taken.
   absl::Status AdmitLocked(const Lane& lane, const Work& work, int64_t count, WhenFull when_full) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
-    DELTANET_CHECK(!work.precondition.ok() || work.tokens >= 1 || (work.tokens == 0 && work.end_of_sequence),
-                   "a work has at least 1 token, or 0 with end_of_sequence");
+    DELTANET_CHECK(!work.precondition.ok() || work.tokens >= 1 ||
+                       (work.tokens == 0 && (work.end_of_sequence || work.generation != nullptr)),
+                   "a work has at least 1 token, or 0 with end_of_sequence or a generation");
     if (draining_) {
       return LaneError(lane, absl::StatusCode::kUnavailable, reason::kDraining,
                        "the server is shutting down");
@@ -307,6 +376,8 @@ class Batcher::Impl {
     if (work->precondition.ok()) {
       queued.total = work->tokens + (work->end_of_sequence ? description(lane->model).lookahead : 0);
     }
+    queued.last_token = now;
+    if (work->generation != nullptr) ++models_[lane->model]->waiting_generations;
     queued.work = std::move(work);
     ++queued_works_;
     queued_tokens_ += queued.total;
@@ -371,7 +442,7 @@ class Batcher::Impl {
     std::optional<int> best;
     for (int i = 0; i < static_cast<int>(models_.size()); ++i) {
       const Served& served = *models_[i];
-      if (served.ready.empty() ||
+      if ((served.ready.empty() && served.generating.empty()) ||
           static_cast<int>(in_flight_.size()) >= served.description.max_steps_in_flight) {
         continue;
       }
@@ -384,12 +455,13 @@ class Batcher::Impl {
   }
 
   // Whether to leave the device idle for the lanes that the last step has answered. Not while another model
-  // has the turn, and not where what is ready fills a step.
+  // has the turn or tokens are generated, and not where what is ready fills a step.
   bool GatheringLocked(std::optional<int> next) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
     if (gather_awaited_ == 0 || clock_->Now() >= gather_until_) return false;
     if (!next.has_value()) return true;
     if (*next != gather_model_) return false;
     const Served& served = *models_[*next];
+    if (!served.generating.empty()) return false;
     if (static_cast<int64_t>(served.ready.size()) >= served.description.max_step_rows) return false;
     int64_t tokens = 0;
     for (const std::shared_ptr<Lane>& lane : served.ready) {
@@ -411,26 +483,31 @@ class Batcher::Impl {
     Served& served = *models_[lane->model];
     // A model that was idle has saved nothing up: it would have the device for itself until the others are
     // even.
-    if (served.ready.empty() && served.steps_in_flight == 0)
+    if (served.ready.empty() && served.generating.empty() && served.steps_in_flight == 0)
       served.used = std::max(served.used, used_by_last_);
     lane->in_ready = true;
-    served.ready.push_back(lane);
+    ListOf(&served, lane->queue.front())->push_back(lane);
+  }
+
+  static std::deque<std::shared_ptr<Lane>>* ListOf(Served* served, const QueuedWork& head) {
+    return Generating(head) ? &served->generating : &served->ready;
   }
 
   // Answers what needs no computing, in all ready lanes: closed lanes, bad heads, heads without tokens to
   // feed.
   void SweepLocked(absl::Time now, std::vector<Completion>* completions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
     for (const auto& served : models_) {
-      auto kept = served->ready.begin();
-      for (auto& lane : served->ready) {
-        if (SweepLaneLocked(lane, now, completions)) {
-          if (&*kept != &lane) *kept = std::move(lane);
-          ++kept;
-        } else {
-          lane->in_ready = false;
+      for (auto* list : {&served->generating, &served->ready}) {
+        for (int64_t left = static_cast<int64_t>(list->size()); left > 0; --left) {
+          std::shared_ptr<Lane> lane = std::move(list->front());
+          list->pop_front();
+          if (SweepLaneLocked(lane, now, completions)) {
+            ListOf(served.get(), lane->queue.front())->push_back(std::move(lane));
+          } else {
+            lane->in_ready = false;
+          }
         }
       }
-      served->ready.erase(kept, served->ready.end());
     }
   }
 
@@ -446,8 +523,10 @@ class Batcher::Impl {
       } else if (head.work->end_of_sequence &&
                  OutputTokens(lane->position, head.total, description(lane->model).lookahead) == 0) {
         CommitHeadLocked(lane, now, completions);
+      } else if (head.in_flight == 0 && head.started && Finished(head)) {
+        CommitHeadLocked(lane, now, completions);
       } else {
-        return true;
+        return HasRow(head);
       }
     }
     return false;
@@ -463,6 +542,10 @@ class Batcher::Impl {
     if (!work.precondition.ok()) return WithPosition(lane, work.precondition);
     if (work.cancellation != nullptr && work.cancellation->cancelled.load(std::memory_order_acquire)) {
       return LaneError(lane, absl::StatusCode::kCancelled, reason::kCancelled, "the call was cancelled");
+    }
+    if (work.generation != nullptr && work.tokens == 0 && !lane.base) {
+      return LaneError(lane, absl::StatusCode::kInvalidArgument, reason::kInvalidRequest,
+                       "there is nothing to generate from: the prompt is empty, and so is the session");
     }
     if (now >= work.deadline) {
       return LaneError(lane, absl::StatusCode::kDeadlineExceeded, reason::kDeadline,
@@ -501,24 +584,21 @@ class Batcher::Impl {
     Served& served = *models_[*next];
     const ModelDescription& description = served.description;
 
-    // First pass: everybody's turn.
     struct Pick {
       int64_t tokens = 0;
-      int64_t more = 0;  // Left of the work after those.
+      int64_t more = 0;    // Left of the work after those.
+      bool logits = false;  // Each of them takes one of the step's logits.
+      bool generates = false;
     };
     std::vector<Pick> picks;
     std::vector<std::shared_ptr<Lane>> lanes;
     std::deque<std::shared_ptr<Lane>> passed_over;
     int64_t left = description.max_step_tokens;
+    int64_t logits_left =
+        description.takes_tokens ? description.max_step_logits : std::numeric_limits<int64_t>::max();
     bool slots_short = false;
-    while (!served.ready.empty() && left > 0 &&
-           static_cast<int64_t>(picks.size()) < description.max_step_rows) {
-      std::shared_ptr<Lane> lane = std::move(served.ready.front());
-      served.ready.pop_front();
-      const QueuedWork& head = lane->queue.front();
-      const int64_t remaining = head.total - head.fed;
-      const int64_t piece = FitPiece(remaining, std::min(options_.piece_tokens, left));
-      if (piece > 0 && !lane->working && !slots_short) {
+    const auto has_slot = [&](Lane* lane) {
+      if (!lane->working && !slots_short) {
         absl::StatusOr<StateSlot> slot = served.pool->Acquire();
         if (slot.ok()) {
           lane->working = *std::move(slot);
@@ -526,12 +606,53 @@ class Batcher::Impl {
           slots_short = true;
         }
       }
-      if (piece == 0 || !lane->working) {
+      return static_cast<bool>(lane->working);
+    };
+
+    // Those that generate, a row each; others find some rows left.
+    const int64_t kept_rows = served.ready.empty() ? 0 : std::max<int64_t>(1, description.max_step_rows / 16);
+    const int64_t generating_rows = std::max<int64_t>(1, description.max_step_rows - kept_rows);
+    for (int64_t waiting = static_cast<int64_t>(served.generating.size());
+         waiting > 0 && left > 0 && static_cast<int64_t>(picks.size()) < generating_rows; --waiting) {
+      std::shared_ptr<Lane> lane = std::move(served.generating.front());
+      served.generating.pop_front();
+      if (!has_slot(lane.get())) {
+        served.generating.push_back(std::move(lane));
+        continue;
+      }
+      --left;
+      Pick pick;
+      pick.tokens = 1;
+      pick.generates = true;
+      picks.push_back(pick);
+      lanes.push_back(std::move(lane));
+    }
+    const int64_t room_with_generations = std::max(options_.mixed_step_tokens, kPieceMultiple);
+    const int64_t unused = picks.empty() ? 0 : std::max<int64_t>(0, left - room_with_generations);
+    left -= unused;
+
+    // First pass of the others: everybody's turn.
+    while (!served.ready.empty() && left > 0 &&
+           static_cast<int64_t>(picks.size()) < description.max_step_rows) {
+      std::shared_ptr<Lane> lane = std::move(served.ready.front());
+      served.ready.pop_front();
+      const QueuedWork& head = lane->queue.front();
+      const int64_t remaining = head.total - head.fed;
+      const bool logits = description.takes_tokens && head.work->generation == nullptr &&
+                          head.work->readout == ReadoutKind::kValues;
+      Pick pick;
+      pick.logits = logits && !head.work->last_only;
+      const int64_t room = std::min(options_.piece_tokens, left);
+      pick.tokens = FitPiece(remaining, pick.logits ? std::min(room, logits_left) : room);
+      const int64_t takes_logits = pick.logits ? pick.tokens : logits ? 1 : 0;
+      if (pick.tokens == 0 || takes_logits > logits_left || !has_slot(lane.get())) {
         passed_over.push_back(std::move(lane));
         continue;
       }
-      left -= piece;
-      picks.push_back({piece, remaining - piece});
+      left -= pick.tokens;
+      logits_left -= takes_logits;
+      pick.more = remaining - pick.tokens;
+      picks.push_back(pick);
       lanes.push_back(std::move(lane));
     }
     // Those passed over keep their places.
@@ -541,7 +662,9 @@ class Batcher::Impl {
     if (lanes.empty()) {
       // Nothing that runs will give a slot back: lanes at rest hold them all.
       if (slots_short && served.steps_in_flight == 0) {
-        for (const std::shared_ptr<Lane>& lane : served.ready) {
+        std::deque<std::shared_ptr<Lane>> stuck = served.generating;
+        stuck.insert(stuck.end(), served.ready.begin(), served.ready.end());
+        for (const std::shared_ptr<Lane>& lane : stuck) {
           FailHeadLocked(
               lane,
               LaneError(*lane, absl::StatusCode::kResourceExhausted, reason::kSessionsFull,
@@ -560,11 +683,13 @@ class Batcher::Impl {
       const int64_t share = std::max(kPieceMultiple, left / takers / kPieceMultiple * kPieceMultiple);
       given = false;
       for (Pick& pick : picks) {
-        const int64_t piece = FitPiece(pick.more, std::min(share, left));
+        const int64_t room = std::min(share, left);
+        const int64_t piece = FitPiece(pick.more, pick.logits ? std::min(room, logits_left) : room);
         if (piece == 0) continue;
         pick.tokens += piece;
         pick.more -= piece;
         left -= piece;
+        if (pick.logits) logits_left -= piece;
         given = true;
       }
     }
@@ -572,15 +697,26 @@ class Batcher::Impl {
     Step step;
     step.model = *next;
     step.begin = now;
-    step.tokens = description.max_step_tokens - left;
     step.lanes = std::move(lanes);
     rows->reserve(picks.size());
     for (size_t i = 0; i < picks.size(); ++i) {
-      rows->push_back(TakePieceLocked(step.lanes[i].get(), picks[i].tokens, description, now));
-      if (picks[i].more > 0) {
-        served.ready.push_back(step.lanes[i]);
+      const std::shared_ptr<Lane>& lane = step.lanes[i];
+      QueuedWork& head = lane->queue.front();
+      const NextRow next_row = picks[i].generates ? NextGenerationRow(head) : NextRow::kNone;
+      StepRow row = BeginRowLocked(lane.get(), &head, now);
+      if (picks[i].generates) {
+        FillGenerationRow(*lane, next_row, &head, &row);
       } else {
-        step.lanes[i]->in_ready = false;
+        FillPiece(*lane, &head, picks[i].tokens, description, &row);
+        queued_tokens_ -= row.tokens;
+      }
+      step.samples.push_back(PrepareSample(*head.work, &row));
+      step.tokens += row.tokens;
+      rows->push_back(row);
+      if (HasRow(head)) {
+        ListOf(&served, head)->push_back(lane);
+      } else {
+        lane->in_ready = false;
       }
     }
     used_by_last_ = served.used;
@@ -589,40 +725,111 @@ class Batcher::Impl {
     return step;
   }
 
-  // The row for the next `tokens` tokens of the lane's head, which from now on is in flight.
-  StepRow TakePieceLocked(Lane* lane, int64_t tokens, const ModelDescription& description, absl::Time now)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
-    QueuedWork& head = lane->queue.front();
-    const Work& work = *head.work;
+  // A row of the lane's head, which from now on is in flight.
+  StepRow BeginRowLocked(Lane* lane, QueuedWork* head, absl::Time now) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
     StepRow row;
     row.work_slot = lane->working.index();
-    if (head.fed > 0) {
+    if (head->started) {
       row.base_slot = lane->working.index();
     } else if (lane->base) {
       row.base_slot = lane->base.index();
     } else {
       row.fresh = true;
     }
-    row.position = lane->position + head.fed;
-    if (work.end_of_sequence) row.end = lane->position + work.tokens;
-    row.tokens = tokens;
-    row.input = static_cast<const char*>(work.input) +
-                RowBytes(std::min(head.fed, work.tokens), description.input_width, work.input_dtype);
-    row.input_dtype = work.input_dtype;
-    row.output = static_cast<char*>(work.output) +
-                 RowBytes(OutputTokens(lane->position, head.fed, description.lookahead),
-                          description.output_width, work.output_dtype);
-    row.output_dtype = work.output_dtype;
-
-    if (!head.started) {
-      head.started = true;
-      head.queued = now - head.submitted;
+    if (!head->started) {
+      head->started = true;
+      head->queued = now - head->submitted;
       --queued_works_;
+      if (head->work->generation != nullptr) {
+        Served& served = *models_[lane->model];
+        --served.waiting_generations;
+        ++served.running_generations;
+      }
     }
-    head.fed += tokens;
-    queued_tokens_ -= tokens;
-    ++head.in_flight;
+    ++head->in_flight;
     return row;
+  }
+
+  // The next `tokens` tokens of the head's input.
+  static void FillPiece(const Lane& lane, QueuedWork* head, int64_t tokens, const ModelDescription& description,
+                        StepRow* row) {
+    const Work& work = *head->work;
+    const int64_t fed = head->fed;
+    head->fed += tokens;
+    const bool last = head->fed == head->total;
+    row->position = lane.position + fed;
+    if (work.end_of_sequence) row->end = lane.position + work.tokens;
+    row->tokens = tokens;
+    row->input = static_cast<const char*>(work.input) +
+                 RowBytes(std::min(fed, work.tokens), description.input_width, work.input_dtype);
+    row->input_dtype = work.input_dtype;
+    if (work.generation != nullptr) {
+      row->readout = ReadoutKind::kSample;
+      row->output_begin = tokens - (last ? 1 : 0);
+      if (last) ++head->sampled;
+      return;
+    }
+    row->readout = work.readout;
+    row->top = work.top;
+    if (work.last_only) row->output_begin = tokens - (last ? 1 : 0);
+    int64_t entry = work.last_only ? 0 : fed;  // Of the readout's arrays, where this row's outputs begin.
+    switch (work.readout) {
+      case ReadoutKind::kValues:
+        row->output = static_cast<char*>(work.output) +
+                      (work.last_only ? 0
+                                      : RowBytes(OutputTokens(lane.position, fed, description.lookahead),
+                                                 description.output_width, work.output_dtype));
+        row->output_dtype = work.output_dtype;
+        return;
+      case ReadoutKind::kScore: {
+        // The output of one token scores the next; that of the token before the input, its first.
+        const bool carried = lane.base && fed == 0;
+        if (carried) row->output_begin = -1;
+        if (last) row->output_end = tokens - 1;
+        const int64_t first_scored = carried ? 0 : fed + 1;
+        row->targets = static_cast<const char*>(work.input) + first_scored * sizeof(int64_t);
+        entry = lane.base ? first_scored : fed;
+        break;
+      }
+      case ReadoutKind::kTop:
+        break;
+      case ReadoutKind::kSample:
+        DELTANET_CHECK(false, "a work samples by its generation");
+    }
+    if (work.log_probs != nullptr) row->log_probs = work.log_probs + entry;
+    if (work.top > 0) {
+      row->top_ids = work.top_ids + entry * work.top;
+      row->top_log_probs = work.top_log_probs + entry * work.top;
+    }
+  }
+
+  static void FillGenerationRow(const Lane& lane, NextRow next, QueuedWork* head, StepRow* row) {
+    row->position = lane.position + head->work->tokens + head->fed_back;
+    if (next == NextRow::kSample) {
+      row->output_begin = -1;
+    } else {
+      row->tokens = 1;
+      row->feed_sampled = true;
+      ++head->fed_back;
+      if (next == NextRow::kFeed) row->output_begin = 1;
+    }
+    row->readout = ReadoutKind::kSample;
+    if (next != NextRow::kFeed) ++head->sampled;
+  }
+
+  // Where the row leaves the token that it chooses; null if it chooses none.
+  static std::unique_ptr<SampledToken> PrepareSample(const Work& work, StepRow* row) {
+    if (row->readout != ReadoutKind::kSample || row->output_begin >= row->tokens) return nullptr;
+    auto sample = std::make_unique<SampledToken>();
+    sample->top_ids.resize(work.top);
+    sample->top_log_probs.resize(work.top);
+    row->sampling = work.generation->sampling;
+    row->top = work.top;
+    row->ids = &sample->id;
+    row->log_probs = &sample->log_prob;
+    row->top_ids = sample->top_ids.data();
+    row->top_log_probs = sample->top_log_probs.data();
+    return sample;
   }
 
   // Batch thread.
@@ -671,6 +878,8 @@ class Batcher::Impl {
     seen.prepare = step.launched - step.formed;
     seen.compute = end - std::max(step.launched, last_step_end_);
     last_step_end_ = end;
+    const std::vector<bool> goes_on = GiveTokens(step, outcome, end);
+    for (const auto& sample : step.samples) seen.generating += sample != nullptr ? 1 : 0;
 
     std::vector<Completion> completions;
     bool newly_lost = false;
@@ -699,11 +908,15 @@ class Batcher::Impl {
                 LaneError(*lane, absl::StatusCode::kInternal, reason::kNonFinite, outcome->rows[i].message());
           }
         }
-        if (head.in_flight > 0) continue;
-        if (!head.error.ok()) {
-          FailHeadLocked(lane, head.error, &completions);
-        } else if (head.fed == head.total) {
-          CommitHeadLocked(lane, end, &completions);
+        if (!goes_on[i]) head.stopped = true;
+        if (head.in_flight == 0) {
+          if (!head.error.ok()) {
+            FailHeadLocked(lane, head.error, &completions);
+          } else if (Finished(head)) {
+            CommitHeadLocked(lane, end, &completions);
+          }
+        } else if (!head.error.ok() || !HasRow(head)) {
+          continue;
         }
         if (!lane->queue.empty()) MakeReadyLocked(lane);
       }
@@ -715,18 +928,78 @@ class Batcher::Impl {
     Deliver(std::move(completions), GatherAfter{step.model, took});
   }
 
+  // Gives the tokens that a step has chosen to those who wait for them. Of each row: whether its generation, if it
+  // is one, goes on.
+  std::vector<bool> GiveTokens(const Step& step, const absl::StatusOr<StepResult>& outcome, absl::Time now) {
+    std::vector<bool> goes_on(step.lanes.size(), true);
+    if (!outcome.ok()) return goes_on;
+    struct Token {
+      size_t row;
+      QueuedWork* head;  // Stays where it is: only this thread takes it from its queue.
+      bool first;
+      absl::Duration since;
+    };
+    std::vector<Token> tokens;
+    {
+      MutexLock lock(&mu_);
+      for (size_t i = 0; i < step.lanes.size(); ++i) {
+        Lane& lane = *step.lanes[i];
+        QueuedWork& head = lane.queue.front();
+        if (step.samples[i] == nullptr || !outcome->rows[i].ok() || !head.error.ok() || head.stopped ||
+            lane.closed) {
+          continue;
+        }
+        ++head.given;
+        tokens.push_back({i, &head, head.given == 1, now - head.last_token});
+        head.last_token = now;
+        if (head.given == 1) head.first_token = tokens.back().since;
+        if (head.given == head.work->generation->max_tokens) goes_on[i] = false;
+      }
+    }
+    for (const Token& token : tokens) {
+      const SampledToken& sample = *step.samples[token.row];
+      if (observer_ != nullptr) observer_->OnToken(step.model, token.first, token.since);
+      GeneratedToken given;
+      given.id = sample.id;
+      given.log_prob = sample.log_prob;
+      given.top_ids = sample.top_ids;
+      given.top_log_probs = sample.top_log_probs;
+      if (!token.head->work->generation->on_token(given)) goes_on[token.row] = false;
+    }
+    return goes_on;
+  }
+
   // The work at the head has succeeded: the lane moves to its working slot.
   void CommitHeadLocked(const std::shared_ptr<Lane>& lane, absl::Time now,
                         std::vector<Completion>* completions) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
     const QueuedWork& head = lane->queue.front();
     const int64_t lookahead = description(lane->model).lookahead;
+    const Work& work = *head.work;
     WorkResult result;
-    result.output_position = FirstOutputPosition(lane->position, lookahead);
-    result.output_tokens = OutputTokens(lane->position, head.total, lookahead);
-    lane->position += head.work->tokens;
+    if (work.generation != nullptr) {
+      result.output_position = lane->position + work.tokens;
+    } else if (work.readout == ReadoutKind::kScore) {
+      const int64_t unscored = lane->base ? 0 : 1;
+      result.output_position = lane->position + unscored;
+      result.output_tokens = work.tokens - unscored;
+    } else if (work.last_only) {
+      result.output_position = lane->position + work.tokens - 1;
+      result.output_tokens = 1;
+    } else {
+      result.output_position = FirstOutputPosition(lane->position, lookahead);
+      result.output_tokens = OutputTokens(lane->position, head.total, lookahead);
+    }
+    lane->position += work.tokens;
     lane->out_of_step = false;
-    if (head.work->end_of_sequence) {
-      lane->ended = true;
+    if (work.generation != nullptr) {
+      if (work.generation->keep_state) {
+        lane->position += head.given;
+      } else {
+        lane->ended = true;
+      }
+    }
+    if (work.end_of_sequence) lane->ended = true;
+    if (lane->ended) {
       lane->base.Release();
       lane->working.Release();
     } else {
@@ -752,6 +1025,12 @@ class Batcher::Impl {
     lane->queue.pop_front();
     if (!head.started) --queued_works_;
     queued_tokens_ -= head.total - head.fed;
+    if (head.work->generation != nullptr) {
+      Served& served = *models_[lane->model];
+      --(head.started ? served.running_generations : served.waiting_generations);
+    }
+    result.generated_tokens = head.given;
+    result.first_token = head.first_token;
     result.committed_position = lane->position;
     result.ended = lane->ended;
     result.queued = head.started ? head.queued : now - head.submitted;
@@ -856,6 +1135,8 @@ int64_t Batcher::committed_position(const std::shared_ptr<Lane>& lane) const {
 int64_t Batcher::pending(const std::shared_ptr<Lane>& lane) const { return impl_->pending(*lane); }
 int64_t Batcher::queued_works() const { return impl_->queued_works(); }
 int64_t Batcher::queued_tokens() const { return impl_->queued_tokens(); }
+int64_t Batcher::running_generations(int model) const { return impl_->running_generations(model); }
+int64_t Batcher::waiting_generations(int model) const { return impl_->waiting_generations(model); }
 Heartbeat Batcher::heartbeat() const { return impl_->heartbeat(); }
 void Batcher::StartDraining() { impl_->StartDraining(); }
 bool Batcher::WaitUntilIdle(absl::Time deadline) { return impl_->WaitUntilIdle(deadline); }

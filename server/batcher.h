@@ -11,6 +11,10 @@
 // cancellation or a deadline leaves the lane exactly where it was; later work of it is then refused
 // (SESSION_OUT_OF_STEP) until one says the right expected_position.
 //
+// Generation is a work too: its prompt is taken in as any input, and then one sampled token after another, each
+// fed back on the device. Rows that generate come first in every step; prompts and streams get what is left of
+// the step's tokens, and while rows generate, of `mixed_step_tokens`. It commits once, at its end.
+//
 // A lost device (a model's DATA_LOSS) fails all work, what is queued and what comes later, with INTERNAL.
 //
 // The thread waits on an idle device for nothing, but for this: lanes that the last step has answered are
@@ -45,21 +49,52 @@ struct Cancellation {
 struct WorkResult {
   absl::Status status;  // With a reason of proto/wire.h; on an error nothing was applied.
   int64_t output_position = 0;
-  int64_t output_tokens = 0;       // Written to Work::output.
+  int64_t output_tokens = 0;       // Written to Work::output, or the readout's arrays.
+  int64_t generated_tokens = 0;    // Given to Generation::on_token, on an error too.
+  absl::Duration first_token;      // From Submit to the first of them.
   int64_t committed_position = 0;  // Of the lane, now.
   bool ended = false;              // The lane has committed its end_of_sequence.
   absl::Duration queued;     // From Submit to the start of the first step it was in (or to now, if in none).
   absl::Duration computing;  // Sum of the steps that it was in.
 };
 
+struct GeneratedToken {
+  int64_t id = 0;
+  float log_prob = 0;
+  absl::Span<const int64_t> top_ids;  // Work::top of them; valid during the call.
+  absl::Span<const float> top_log_probs;
+};
+
+// What a work goes on with after its input.
+struct Generation {
+  Sampling sampling;
+  int64_t max_tokens = 1;  // At least 1.
+  // The lane goes on afterwards: the last token is taken in too.
+  bool keep_state = false;
+  // Called on the batch thread, under no lock, for each token in order, before `done`. Must not block. False: this
+  // was the last. Not called again after that, nor once the work has failed.
+  absl::AnyInvocable<bool(const GeneratedToken&)> on_token;
+};
+
 // One message: a span of tokens for a lane.
 struct Work {
   const void* input = nullptr;  // [tokens, input_width]; stays alive until `done` is called.
   DType input_dtype = DType::kFloat32;
-  int64_t tokens = 0;  // At least 1, or 0 with end_of_sequence.
+  int64_t tokens = 0;  // At least 1, or 0 with end_of_sequence, or where a lane that has a state generates.
   bool end_of_sequence = false;
   void* output = nullptr;  // Room for tokens (+ lookahead, with end_of_sequence) rows; alive likewise.
   DType output_dtype = DType::kFloat32;
+  // What is made of the outputs, and for models that generate, where it goes instead of `output` (see StepRow;
+  // kSample is not for here). kTop and kScore: room for `tokens` entries (or 1), alive likewise. kScore scores the
+  // input itself: its second token and on, and where the lane has a state the first too.
+  ReadoutKind readout = ReadoutKind::kValues;
+  bool last_only = false;  // kValues, kTop: of the last token alone.
+  int top = 0;
+  float* log_probs = nullptr;
+  int64_t* top_ids = nullptr;
+  float* top_log_probs = nullptr;
+  // Not null: nothing is wanted of the input's outputs, and tokens are generated after it. `top` is per token.
+  std::unique_ptr<Generation> generation;
   std::optional<int64_t> expected_position;
   absl::Time deadline = absl::InfiniteFuture();
   // Not OK: the message was found bad before it came here; it takes its place in the order, fails with this,
@@ -79,6 +114,7 @@ class BatchObserver {
     int model = 0;
     int64_t rows = 0;
     int64_t tokens = 0;
+    int64_t generating = 0;    // Rows that sampled a token.
     absl::Duration form;     // Choosing the rows.
     absl::Duration prepare;  // Filling staging.
     // Launch to the end of Wait, less what an earlier step in flight still took of that.
@@ -86,6 +122,8 @@ class BatchObserver {
   };
   virtual void OnStep(const Step& step) = 0;
   virtual void OnWorkDone(int model, const WorkResult& result) = 0;
+  // A token was generated, `since` its work was submitted, or the token before it of that work.
+  virtual void OnToken(int /*model*/, bool /*first*/, absl::Duration /*since*/) {}
   // The device is lost, and with it all work: `status` is the model's DATA_LOSS, in full. At most once,
   // before any of that work is answered.
   virtual void OnDeviceLost(const absl::Status& status) = 0;
@@ -101,6 +139,9 @@ struct BatcherOptions {
   int64_t piece_tokens = 256;       // What a lane gets of a step while others wait; a multiple of 64.
   int64_t max_queued_works = 4096;  // See Batcher::queued_works.
   int64_t max_queued_tokens = int64_t{1} << 20;
+  // What a step with rows that generate takes at most of others' tokens, so that the time between tokens stays
+  // even; at least 64.
+  int64_t mixed_step_tokens = 256;
   double gather_fraction = 0.1;
 };
 
@@ -156,6 +197,9 @@ class Batcher {
   // Works that have not been in a step, and tokens (flush tokens included) that have not been put into one.
   int64_t queued_works() const;
   int64_t queued_tokens() const;
+  // Generations of a model: that have been in a step, and that wait for their first.
+  int64_t running_generations(int model) const;
+  int64_t waiting_generations(int model) const;
   Heartbeat heartbeat() const;
 
   // Refuses new work from now on.
