@@ -3,7 +3,6 @@
 #include "model/ops/readout.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -16,6 +15,7 @@
 #include "model/ops/cpu/dispatch.h"
 #include "model/ops/cuda_kernels.h"
 #include "model/ops/philox.h"
+#include "model/ops/readout_rank.h"
 
 namespace deltanet {
 namespace {
@@ -47,16 +47,6 @@ double SumOfExp(int64_t W, const float* x, float max, float inverse_temperature,
   return sum;
 }
 
-// Ids in the order of their probability: the smaller, the more likely, and of equals the one with the lower id.
-using Rank = uint64_t;
-
-Rank RankOf(float logit, int64_t id) {
-  const uint32_t bits = std::bit_cast<uint32_t>(logit == 0 ? 0.0f : logit);  // -0 equals 0.
-  const uint32_t descending = bits >> 31 != 0 ? bits : ~bits & 0x7fffffffu;
-  return static_cast<Rank>(descending) << 32 | static_cast<uint32_t>(id);
-}
-int32_t IdOf(Rank rank) { return static_cast<int32_t>(rank & 0xffffffffu); }
-
 // Leaves the n most likely ids in *ranks, in any order; 1 <= n <= W.
 void MostLikely(int64_t W, const float* x, int64_t n, std::vector<Rank>* ranks) {
   // Ids that may belong there; whenever there are too many, all but the best n go. An id that comes later
@@ -78,7 +68,7 @@ void MostLikely(int64_t W, const float* x, int64_t n, std::vector<Rank>* ranks) 
       if (over == 0) continue;
     }
     for (int64_t i = begin; i < end; ++i) {
-      if (x[i] > bar) ranks->push_back(RankOf(x[i], i));
+      if (x[i] > bar) ranks->push_back(RankOf(x[i], static_cast<uint32_t>(i)));
     }
     if (static_cast<int64_t>(ranks->size()) > most) prune();
   }
@@ -192,7 +182,7 @@ class FiniteRow {
       const double bar = 0.5 * (1.0 - request.top_p) * sum / static_cast<double>(W_);
       ranks.clear();
       for (int64_t i = 0; i < W_; ++i) {
-        if (terms[i] >= bar) ranks.push_back(RankOf(x_[i], i));
+        if (terms[i] >= bar) ranks.push_back(RankOf(x_[i], static_cast<uint32_t>(i)));
       }
     }
     if (of_p) {
@@ -206,7 +196,7 @@ class FiniteRow {
     double cumulative = 0;
     int32_t last = 0;
     for (int64_t i = 0; i < W_; ++i) {
-      if (x_[i] < bar || RankOf(x_[i], i) > least_likely || terms[i] == 0) continue;
+      if (x_[i] < bar || RankOf(x_[i], static_cast<uint32_t>(i)) > least_likely || terms[i] == 0) continue;
       cumulative += terms[i];
       last = static_cast<int32_t>(i);
       if (cumulative > pass) break;
@@ -258,10 +248,10 @@ void ReadoutRow(const ReadoutArgs& args, int64_t row, Scratch* scratch) {
 }  // namespace
 
 absl::Status Readout(const ReadoutArgs& args, const OpContext& context) {
-  if (args.rows < 0 || args.vocabulary < 1 || args.vocabulary > std::numeric_limits<int32_t>::max()) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "readout over ", args.rows, " rows of ", args.vocabulary,
-        " logits, want at least 0 rows and 1 to ", std::numeric_limits<int32_t>::max(), " logits"));
+  if (args.rows < 0 || args.vocabulary < 1 || args.vocabulary > kMaxReadoutVocabulary) {
+    return absl::InvalidArgumentError(absl::StrCat("readout over ", args.rows, " rows of ", args.vocabulary,
+                                                   " logits, want at least 0 rows and 1 to ",
+                                                   kMaxReadoutVocabulary, " logits"));
   }
   if (args.logits_stride < args.vocabulary) {
     return absl::InvalidArgumentError(absl::StrCat("readout has rows ", args.logits_stride,
@@ -269,6 +259,7 @@ absl::Status Readout(const ReadoutArgs& args, const OpContext& context) {
                                                    " of a row"));
   }
   RETURN_IF_ERROR(CheckKernels(context, {}));
+  CUDA_DOOR(ReadoutCuda(args, context.stream));
   context.parallel_for(args.rows, GrainFor(kMinElements, args.vocabulary), [&](int64_t begin, int64_t end) {
     static thread_local Scratch scratch;
     for (int64_t row = begin; row < end; ++row) ReadoutRow(args, row, &scratch);

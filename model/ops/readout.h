@@ -27,6 +27,8 @@ namespace deltanet {
 
 // Of ReadoutRequest::top.
 inline constexpr int32_t kMaxTopTokens = 64;
+// Of ReadoutArgs::vocabulary.
+inline constexpr int64_t kMaxReadoutVocabulary = int64_t{1} << 23;
 
 // One a row of logits.
 struct ReadoutRequest {
@@ -34,17 +36,17 @@ struct ReadoutRequest {
   int32_t top = 0;            // 0 ... kMaxTopTokens
   int32_t sample = 0;         // 1: sample an id. Ignored where there is a target.
   int32_t sampled_slot = -1;  // Slot in whose ReadoutArgs::sampled the sampled id is left too; -1: none.
-  float temperature = 0.0f;  // At least 0.
-  int32_t top_k = 0;         // 0: all.
-  float top_p = 1.0f;        // In (0, 1].
+  float temperature = 0.0f;   // At least 0.
+  int32_t top_k = 0;          // 0: all.
+  float top_p = 1.0f;         // In (0, 1]; 1: all.
   int32_t unused = 0;
   uint64_t seed = 0;
   int64_t counter = 0;  // Position of the token that is sampled.
 };
 
 struct ReadoutArgs {
-  int64_t rows = 0;        // M
-  int64_t vocabulary = 0;  // W
+  int64_t rows = 0;               // M
+  int64_t vocabulary = 0;         // W: 1 ... kMaxReadoutVocabulary
   const float* logits = nullptr;  // [M, W] at a row stride of logits_stride.
   int64_t logits_stride = 0;
   const ReadoutRequest* requests = nullptr;  // [M], on the step's device.
