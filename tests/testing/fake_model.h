@@ -1,7 +1,10 @@
 // A model without mathematics: its state is a running hash of all that the sequence was fed, and its output
 // is made of that state. A mixed-up session, a lost or repeated chunk, a wrong slot, a stale read, a wrong
 // fresh flag or a wrong end gives another output than ExpectedOutput; a position that is not the state's is a
-// failed check.
+// failed check, and so is feeding a sampled token that the slot does not hold.
+//
+// Over tokens and without look-ahead it generates: its outputs are logits, and what is scored, sampled or
+// most likely is computed of them as model.h says, so that a wrong token anywhere changes every later one.
 #ifndef DELTANET_TESTS_TESTING_FAKE_MODEL_H_
 #define DELTANET_TESTS_TESTING_FAKE_MODEL_H_
 
@@ -32,7 +35,23 @@ struct FakeModelOptions {
   int64_t max_step_tokens = 256;
   int64_t max_step_rows = 16;
   int max_steps_in_flight = 1;
+  // Over tokens:
+  int64_t max_step_logits = 0;  // 0: max_step_tokens.
+  std::optional<int64_t> bos_id;
+  std::vector<int64_t> eos_ids;
 };
+
+// An id and its log-probability.
+struct ScoredId {
+  int64_t id = 0;
+  float log_prob = 0;
+  bool operator==(const ScoredId&) const = default;
+};
+
+// The log-probability that softmax(logits) gives to `id`.
+float LogProb(absl::Span<const float> logits, int64_t id);
+// The `count` most likely ids of softmax(logits), most likely first; of equals the lower id first.
+std::vector<ScoredId> MostLikely(absl::Span<const float> logits, int64_t count);
 
 // Prepare, Launch and Wait as in model.h; what steers and watches them is thread-safe. Steps are numbered 0,
 // 1, ... in the order of successful Prepares.
@@ -50,6 +69,11 @@ class FakeModel : public Model {
   // those of a longer sequence.
   std::vector<float> ExpectedOutput(absl::Span<const float> input) const;
   std::vector<float> ExpectedOutput(absl::Span<const int64_t> ids) const;
+  // The logits behind the last of `ids`, of which there is at least one.
+  std::vector<float> ExpectedLogits(absl::Span<const int64_t> ids) const;
+  // What is generated behind `ids`, of which there is at least one: `count` tokens.
+  std::vector<ScoredId> ExpectedGeneration(absl::Span<const int64_t> ids, const Sampling& sampling,
+                                           int64_t count) const;
 
   // Failures to come. Work slots of what fails are worthless after it.
   void FailLaunch(int64_t step, absl::Status status);
@@ -70,18 +94,30 @@ class FakeModel : public Model {
  private:
   struct Slot {
     uint64_t hash;
-    int64_t fed;  // Tokens; -1: worthless.
+    int64_t fed;           // Tokens; -1: worthless.
+    int64_t sampled = -1;  // The id that the row which wrote this has sampled; -1: it sampled none.
+  };
+  // What a row wants beside values.
+  struct Readouts {
+    std::vector<int64_t> ids;
+    std::vector<float> log_probs;
+    std::vector<ScoredId> top;
   };
   struct Prepared {
     int64_t step;
     std::vector<StepRow> rows;
     std::vector<std::vector<uint64_t>> inputs;  // A row each: the hashes of its real tokens.
+    std::vector<std::vector<int64_t>> targets;  // A row each.
     bool launched = false;
-    std::vector<std::vector<float>> outputs;  // A row each.
+    std::vector<std::vector<float>> outputs;  // A row each: values.
+    std::vector<Readouts> readouts;           // A row each.
     StepResult result;
   };
 
   absl::Status Validate(absl::Span<const StepRow> rows) const;
+  absl::Status ValidateReadout(const StepRow& row) const;
+  // The row's part of the step, of which it is number i: its state moves on, its outputs are kept.
+  absl::Status ComputeRow(Prepared* step, size_t i, bool failing);
   void AppendOutput(uint64_t hash, std::vector<float>* to) const;
   std::vector<float> ExpectedOfHashes(const std::vector<uint64_t>& inputs) const;
 

@@ -1,6 +1,8 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <set>
+#include <string>
 #include <vector>
 
 #include "gmock/gmock.h"
@@ -170,6 +172,185 @@ TEST(FakeModelTest, TakesIds) {
   row.output = output.data();
   ASSERT_TRUE(Step(&model, {row}).ok());
   EXPECT_EQ(output, model.ExpectedOutput(ids));
+}
+
+FakeModelOptions Generative() {
+  FakeModelOptions options = Narrow();
+  options.takes_tokens = true;
+  options.output_width = 32;
+  return options;
+}
+
+// A row over ids; what it wants is the caller's to fill in.
+StepRow IdRow(int32_t base, int32_t work, int64_t position, const std::vector<int64_t>& ids) {
+  StepRow row;
+  row.base_slot = base;
+  row.work_slot = work;
+  row.fresh = base < 0;
+  row.position = position;
+  row.tokens = static_cast<int64_t>(ids.size());
+  row.input = ids.data();
+  row.input_dtype = DType::kInt64;
+  return row;
+}
+
+TEST(FakeModelTest, GeneratesWhatItExpects) {
+  FakeModel model(Generative());
+  const std::vector<int64_t> prompt = {3, 1, 4};
+  for (const Sampling& sampling :
+       {Sampling{}, Sampling{.temperature = 1, .seed = 5}, Sampling{.temperature = 2, .top_k = 3, .seed = 6},
+        Sampling{.temperature = 0.5f, .top_p = 0.4f, .seed = 7}}) {
+    std::vector<ScoredId> generated(6);
+    StepRow row = IdRow(-1, 0, 0, prompt);
+    row.readout = ReadoutKind::kSample;
+    row.output_begin = 2;
+    row.sampling = sampling;
+    for (ScoredId& token : generated) {
+      row.ids = &token.id;
+      row.log_probs = &token.log_prob;
+      ASSERT_TRUE(Step(&model, {row}).ok());
+      row.position += row.tokens;
+      row.base_slot = 0;
+      row.fresh = false;
+      row.tokens = 1;
+      row.input = nullptr;
+      row.feed_sampled = true;
+      row.output_begin = 0;
+    }
+    EXPECT_EQ(generated, model.ExpectedGeneration(prompt, sampling, 6));
+  }
+}
+
+TEST(FakeModelTest, SamplingKeepsToTopKAndTopPAndItsSeed) {
+  FakeModel model(Generative());
+  const std::vector<int64_t> prompt = {3, 1, 4};
+  const std::vector<float> logits = model.ExpectedLogits(prompt);
+  const auto first = [&](const Sampling& sampling) {
+    return model.ExpectedGeneration(prompt, sampling, 1)[0].id;
+  };
+  const std::vector<ScoredId> top = MostLikely(logits, 3);
+  EXPECT_EQ(first({}), top[0].id);
+  std::set<int64_t> of_three, of_all;
+  for (uint64_t seed = 0; seed < 200; ++seed) {
+    of_three.insert(first({.temperature = 1, .top_k = 3, .seed = seed}));
+    of_all.insert(first({.temperature = 1, .seed = seed}));
+    EXPECT_EQ(first({.temperature = 1, .top_p = 1e-3f, .seed = seed}), top[0].id);
+  }
+  EXPECT_EQ(of_three, (std::set<int64_t>{top[0].id, top[1].id, top[2].id}));
+  EXPECT_GT(of_all.size(), 20u);
+}
+
+TEST(FakeModelTest, AGenerationIsAnotherWithAnyOtherTokenBefore) {
+  FakeModel model(Generative());
+  const auto ids = [&](const std::vector<int64_t>& prompt) {
+    std::vector<int64_t> ids;
+    for (const ScoredId& token : model.ExpectedGeneration(prompt, {}, 8)) ids.push_back(token.id);
+    return ids;
+  };
+  EXPECT_NE(ids({1, 2, 3}), ids({2, 1, 3}));
+  EXPECT_NE(ids({1, 2, 3}), ids({2, 3}));
+  EXPECT_NE(ids({1, 2, 3}), ids({1, 2, 3, 3}));
+}
+
+TEST(FakeModelTest, ScoresAndTopAreOfTheLogits) {
+  FakeModel model(Generative());
+  const std::vector<int64_t> ids = {3, 1, 4, 1, 5};
+  // The first two, and then the rest with the output that the slot carries: each id but the first is scored.
+  StepRow row = IdRow(-1, 0, 0, {ids.begin(), ids.begin() + 2});
+  row.input = ids.data();
+  row.readout = ReadoutKind::kScore;
+  row.output_end = 1;
+  row.targets = ids.data() + 1;
+  std::vector<float> log_probs(4, NAN), top_log_probs(8, NAN);
+  std::vector<int64_t> top_ids(8, -1);
+  row.log_probs = log_probs.data();
+  row.top = 2;
+  row.top_ids = top_ids.data();
+  row.top_log_probs = top_log_probs.data();
+  ASSERT_TRUE(Step(&model, {row}).ok());
+  row = IdRow(0, 1, 2, {ids.begin() + 2, ids.end()});
+  row.input = ids.data() + 2;
+  row.readout = ReadoutKind::kScore;
+  row.output_begin = -1;
+  row.output_end = 2;
+  row.targets = ids.data() + 2;
+  row.log_probs = log_probs.data() + 1;
+  row.top = 2;
+  row.top_ids = top_ids.data() + 2;
+  row.top_log_probs = top_log_probs.data() + 2;
+  ASSERT_TRUE(Step(&model, {row}).ok());
+  for (size_t i = 0; i < 4; ++i) {
+    const std::vector<float> logits = model.ExpectedLogits(absl::MakeSpan(ids).subspan(0, i + 1));
+    EXPECT_EQ(log_probs[i], LogProb(logits, ids[i + 1]));
+    EXPECT_LT(log_probs[i], 0);
+    const std::vector<ScoredId> top = MostLikely(logits, 2);
+    EXPECT_EQ((std::vector<ScoredId>{{top_ids[2 * i], top_log_probs[2 * i]},
+                                     {top_ids[2 * i + 1], top_log_probs[2 * i + 1]}}),
+              top);
+    EXPECT_GE(top[0].log_prob, top[1].log_prob);
+  }
+}
+
+TEST(FakeModelTest, GivesOfTheValuesOnlyThoseWanted) {
+  FakeModel model(Generative());
+  const std::vector<int64_t> ids = {3, 1, 4};
+  const std::vector<float> expected = model.ExpectedOutput(ids);
+  std::vector<float> output(3 * 32, NAN);
+  StepRow row = IdRow(-1, 0, 0, ids);
+  row.output_begin = 1;
+  row.output_end = 2;
+  row.output = output.data();
+  ASSERT_TRUE(Step(&model, {row}).ok());
+  EXPECT_TRUE(std::equal(output.begin(), output.begin() + 32, expected.begin() + 32));
+  EXPECT_TRUE(std::isnan(output[32]));
+  // Of the last token, without feeding one.
+  row = IdRow(0, 1, 3, {});
+  row.output_begin = -1;
+  row.output = output.data();
+  ASSERT_TRUE(Step(&model, {row}).ok());
+  EXPECT_TRUE(std::equal(output.begin(), output.begin() + 32, expected.begin() + 64));
+}
+
+TEST(FakeModelTest, RefusesReadoutsThatPrepareRefuses) {
+  FakeModelOptions options = Generative();
+  options.max_step_logits = 2;
+  FakeModel model(options);
+  const std::vector<int64_t> ids = {1, 2, 3};
+  const auto error = [](FakeModel* of, const StepRow& row) {
+    const absl::StatusOr<StepTicket> ticket = of->Prepare({row});
+    EXPECT_EQ(ticket.status().code(), absl::StatusCode::kInvalidArgument);
+    return std::string(ticket.status().message());
+  };
+  StepRow row = IdRow(-1, 0, 0, ids);
+  EXPECT_THAT(error(&model, row), HasSubstr("logits of 3 tokens"));
+  row.readout = ReadoutKind::kSample;
+  EXPECT_THAT(error(&model, row), HasSubstr("samples of 3 outputs"));
+  row.output_begin = -1;
+  EXPECT_THAT(error(&model, row), HasSubstr("output_begin is -1, fresh"));
+  row.output_begin = 2;
+  row.top = 65;
+  EXPECT_THAT(error(&model, row), HasSubstr("top is 65"));
+  row.top = 0;
+  row.feed_sampled = true;
+  EXPECT_THAT(error(&model, row), HasSubstr("feed_sampled"));
+  FakeModelOptions lagging = options;
+  lagging.lookahead = 1;
+  FakeModel other(lagging);
+  row = IdRow(-1, 0, 0, ids);
+  row.readout = ReadoutKind::kTop;
+  EXPECT_THAT(error(&other, row), HasSubstr("only a model that generates"));
+}
+
+TEST(FakeModelDeathTest, FeedingWhatWasNotSampledEndsTheProcess) {
+  FakeModel model(Generative());
+  const std::vector<int64_t> ids = {1};
+  StepRow row = IdRow(-1, 0, 0, ids);
+  row.output_end = 0;
+  ASSERT_TRUE(Step(&model, {row}).ok());
+  row = IdRow(0, 1, 1, {0});
+  row.feed_sampled = true;
+  row.output_end = 0;
+  EXPECT_DEATH((void)Step(&model, {row}), "its slot holds nothing such");
 }
 
 TEST(FakeModelTest, RefusesWhatPrepareRefuses) {
