@@ -348,7 +348,7 @@ TEST_P(MakeModelTest, WritesWhatTheLoaderAsksFor) {
   ASSERT_TRUE(config.ok()) << config.status();
   const absl::StatusOr<SafetensorsReader> reader = SafetensorsReader::Open(directory + "/model.safetensors");
   ASSERT_TRUE(reader.ok()) << reader.status();
-  ASSERT_TRUE(ResolveHeads(reader->entries(), &*config).ok());
+  ASSERT_TRUE(ResolveFromFile(reader->entries(), &*config).ok());
   EXPECT_TRUE(CheckTensors(reader->entries(), ExpectedTensors(*config)).ok());
   std::filesystem::remove_all(directory);
 }

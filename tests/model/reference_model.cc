@@ -21,7 +21,7 @@ ReferenceModel::ReferenceModel(const std::string& directory, Rounding rounding) 
   config_ = *config;
   auto file = SafetensorsReader::Open(directory + "/model.safetensors");
   DELTANET_CHECK(file.ok(), "model.safetensors");
-  DELTANET_CHECK(ResolveHeads(file->entries(), &config_).ok(), "heads");
+  DELTANET_CHECK(ResolveFromFile(file->entries(), &config_).ok(), "heads");
   for (const auto& [name, entry] : file->entries()) {
     std::string raw(entry.bytes, '\0');
     DELTANET_CHECK(file->Read(entry, raw.data()).ok(), "tensor");
