@@ -46,8 +46,9 @@ int Milliseconds(absl::Duration duration) {
 // Calls `work` about once a second, on a thread of its own.
 class Janitor {
  public:
-  Janitor(Clock* clock, std::function<void()> work) : clock_(clock), work_(std::move(work)) {
-    thread_ = Thread("janitor", [this] { Run(); });
+  Janitor(const std::string& name, Clock* clock, std::function<void()> work)
+      : clock_(clock), work_(std::move(work)) {
+    thread_ = Thread(name, [this] { Run(); });
   }
 
   ~Janitor() {
@@ -125,17 +126,21 @@ class Server::Impl {
   ~Impl() { Shutdown(absl::ZeroDuration()); }
 
   absl::Status Start() {
-    ASSIGN_OR_RETURN(const auto credentials, MakeServerCredentials(options_.tls));
+    ASSIGN_OR_RETURN(certificates_, TlsCertificates::Load(options_.tls));
     batcher_.Start();
-    janitor_ = std::make_unique<Janitor>(options_.clock, [this] {
+    janitor_ = std::make_unique<Janitor>("janitor", options_.clock, [this] {
       sessions_.ExpireIdle();
       CheckBatchThread();
     });
+    if (!options_.tls.certificate.empty()) {
+      // By the wall clock, as gRPC looks; and not the other one, which files that hang would keep.
+      tls_janitor_ = std::make_unique<Janitor>("tls", Clock::Real(), [this] { certificates_->Refresh(); });
+    }
 
     grpc::EnableDefaultHealthCheckService(true);
     grpc::reflection::InitProtoReflectionServerBuilderPlugin();
     grpc::ServerBuilder builder;
-    builder.AddListeningPort(Address(options_.listen), credentials, &port_);
+    builder.AddListeningPort(Address(options_.listen), certificates_->credentials(), &port_);
     builder.RegisterService(&service_);
     builder.SetMaxReceiveMessageSize(static_cast<int>(options_.max_message_bytes));
     builder.SetMaxSendMessageSize(static_cast<int>(options_.max_message_bytes));
@@ -312,7 +317,9 @@ class Server::Impl {
   ActiveCalls calls_;
   ServiceContext context_;
   DeltaNetService service_;
+  std::unique_ptr<TlsCertificates> certificates_;
   std::unique_ptr<Janitor> janitor_;
+  std::unique_ptr<Janitor> tls_janitor_;
   std::atomic<bool> serving_{false};  // Written under health_mu_.
   int port_ = 0;
   std::unique_ptr<grpc::Server> grpc_server_;

@@ -23,10 +23,26 @@ struct TlsFiles {
 // INVALID_ARGUMENT names the file and what is wrong with it.
 absl::Status CheckTlsFiles(const TlsFiles& files);
 
-// What a gRPC server listens with; errors as CheckTlsFiles. The files are read again every few seconds, so
-// that a certificate can be renewed while the server runs: connections made after that see the new ones.
-// Files that do not fit together then refuse new connections until they do.
-absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> MakeServerCredentials(const TlsFiles& files);
+// What a gRPC server listens with, from files that may be replaced while it runs: connections made some
+// seconds after a Refresh see the new ones. Thread-compatible. Outlives the gRPC server.
+class TlsCertificates {
+ public:
+  // Errors as CheckTlsFiles.
+  static absl::StatusOr<std::unique_ptr<TlsCertificates>> Load(const TlsFiles& files);
+  ~TlsCertificates();
+
+  std::shared_ptr<grpc::ServerCredentials> credentials() const;
+
+  // Reads the files again and takes up what has changed. Files that CheckTlsFiles would refuse, as where one
+  // of a pair is replaced before the other, are logged once, and those from before stay. May block, as files
+  // do.
+  void Refresh();
+
+ private:
+  class Impl;
+  explicit TlsCertificates(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
 
 }  // namespace deltanet
 

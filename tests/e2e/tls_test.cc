@@ -10,6 +10,8 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/e2e/test_server.h"
@@ -114,6 +116,44 @@ TEST_F(TlsTest, RenewedFilesAreTakenUpAndOpenConnectionsGoOn) {
   }
   EXPECT_FALSE(CallWith(server, TlsOptions{.ca = Path("a.ca.pem")}).ok());
   EXPECT_TRUE(open->ListModels().ok());
+}
+
+TEST_F(TlsTest, AHalfRenewedPairLeavesTheOldOneServed) {
+  for (const char* name : {".pem", ".key"}) {
+    certificates_->Replace(absl::StrCat("half", name), absl::StrCat("a", name));
+  }
+  TestServer server(FakeModelOptions{}, Options({Path("half.pem"), Path("half.key"), ""}));
+  const TlsOptions trust_a{.ca = Path("a.ca.pem")}, trust_b{.ca = Path("b.ca.pem")};
+  // For longer than it takes to look at the files, and for gRPC to look at what was made of them.
+  const auto expect_the_old_one = [&](const char* what) {
+    const absl::Time end = absl::Now() + absl::Seconds(3);
+    while (absl::Now() < end && !HasFailure()) {
+      EXPECT_TRUE(CallWith(server, trust_a).ok()) << what;
+    }
+  };
+  certificates_->Replace("half.pem", "b.pem");
+  expect_the_old_one("the new certificate and the old key");
+  std::ofstream(Path("half.key")) << "-----BEGIN";
+  expect_the_old_one("half a key");
+  EXPECT_FALSE(CallWith(server, trust_b).ok());
+
+  certificates_->Replace("half.key", "b.key");
+  while (!CallWith(server, trust_b).ok()) {
+  }
+  EXPECT_FALSE(CallWith(server, trust_a).ok());
+}
+
+TEST_F(TlsTest, TheClientsRootsAreRenewedToo) {
+  certificates_->Replace("roots.pem", "a.ca.pem");
+  TestServer server(FakeModelOptions{}, Options({Path("a.pem"), Path("a.key"), Path("roots.pem")}));
+  const TlsOptions client_a{Path("a.ca.pem"), Path("a.pem"), Path("a.key")};
+  const TlsOptions client_b{Path("a.ca.pem"), Path("b.pem"), Path("b.key")};
+  EXPECT_TRUE(CallWith(server, client_a).ok());
+  EXPECT_FALSE(CallWith(server, client_b).ok());
+  certificates_->Replace("roots.pem", "b.ca.pem");
+  while (!CallWith(server, client_b).ok()) {
+  }
+  EXPECT_FALSE(CallWith(server, client_a).ok());
 }
 
 TEST_F(TlsTest, FilesThatDoNotFitTogetherAreNamed) {
