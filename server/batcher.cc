@@ -764,9 +764,11 @@ class Batcher::Impl {
                  RowBytes(std::min(fed, work.tokens), description.input_width, work.input_dtype);
     row->input_dtype = work.input_dtype;
     if (work.generation != nullptr) {
-      row->readout = ReadoutKind::kSample;
       row->output_begin = tokens - (last ? 1 : 0);
-      if (last) ++head->sampled;
+      if (last) {
+        row->readout = ReadoutKind::kSample;
+        ++head->sampled;
+      }
       return;
     }
     row->readout = work.readout;
@@ -811,15 +813,18 @@ class Batcher::Impl {
       row->tokens = 1;
       row->feed_sampled = true;
       ++head->fed_back;
-      if (next == NextRow::kFeed) row->output_begin = 1;
     }
-    row->readout = ReadoutKind::kSample;
-    if (next != NextRow::kFeed) ++head->sampled;
+    if (next == NextRow::kFeed) {
+      row->output_begin = row->tokens;
+    } else {
+      row->readout = ReadoutKind::kSample;
+      ++head->sampled;
+    }
   }
 
   // Where the row leaves the token that it chooses; null if it chooses none.
   static std::unique_ptr<SampledToken> PrepareSample(const Work& work, StepRow* row) {
-    if (row->readout != ReadoutKind::kSample || row->output_begin >= row->tokens) return nullptr;
+    if (row->readout != ReadoutKind::kSample) return nullptr;
     auto sample = std::make_unique<SampledToken>();
     sample->top_ids.resize(work.top);
     sample->top_log_probs.resize(work.top);
