@@ -1,5 +1,6 @@
-// On the CPU a row is read once for its largest logit and once for the sum of exponentials; each of `top` and
-// the sampling adds a pass or two.
+// On the CPU a row is read once for its largest logit and once for the sum of exponentials. `top`, top_k and
+// top_p each find the edge of what they keep: a histogram over the leading bits of the ranks, then a partial
+// sort of the one bin that the edge is in. Nothing but `top` ids is ever sorted.
 #include "model/ops/readout.h"
 
 #include <algorithm>
@@ -24,100 +25,39 @@ namespace {
 constexpr int64_t kMinElements = int64_t{1} << 14;
 // Logits whose exponentials are summed in float32; the sums of blocks are added in float64.
 constexpr int64_t kBlock = 1024;
+// Leading bits of a rank's upper word (a sign, an exponent and two more), of which each has a bin.
+constexpr int kBinBits = 11;
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-
-// The largest of W logits; NaN if any is NaN or infinite.
-float MaxOfFinite(int64_t W, const float* x) {
-  float max = x[0], check = 0;
-  for (int64_t i = 0; i < W; ++i) {
-    max = x[i] > max ? x[i] : max;
-    check += x[i] * 0.0f;
-  }
-  return max + check;
-}
-
-// The sum of exp((x - max) * inverse_temperature); each term goes to `terms` too, if there.
-double SumOfExp(int64_t W, const float* x, float max, float inverse_temperature, float* terms) {
-  double sum = 0;
-  for (int64_t i = 0; i < W; ++i) {
-    const float term = std::exp((x[i] - max) * inverse_temperature);
-    if (terms != nullptr) terms[i] = term;
-    sum += term;
-  }
-  return sum;
-}
-
-// Leaves the n most likely ids in *ranks, in any order; 1 <= n <= W.
-void MostLikely(int64_t W, const float* x, int64_t n, std::vector<Rank>* ranks) {
-  // Ids that may belong there; whenever there are too many, all but the best n go. An id that comes later
-  // than those n is none of the best unless its logit is larger than the smallest of theirs.
-  const int64_t most = std::max<int64_t>(2 * n, n + 256);
-  ranks->clear();
-  float bar = -std::numeric_limits<float>::infinity();
-  const auto prune = [&] {
-    std::nth_element(ranks->begin(), ranks->begin() + (n - 1), ranks->end());
-    ranks->resize(n);
-    bar = x[IdOf((*ranks)[n - 1])];
-  };
-  constexpr int64_t kStep = 16;
-  for (int64_t begin = 0; begin < W; begin += kStep) {
-    const int64_t end = std::min(begin + kStep, W);
-    if (end == begin + kStep) {
-      int over = 0;
-      for (int64_t i = 0; i < kStep; ++i) over |= x[begin + i] > bar;
-      if (over == 0) continue;
-    }
-    for (int64_t i = begin; i < end; ++i) {
-      if (x[i] > bar) ranks->push_back(RankOf(x[i], static_cast<uint32_t>(i)));
-    }
-    if (static_cast<int64_t>(ranks->size()) > most) prune();
-  }
-  prune();
-}
-
-// Shortens *ranks to its most likely ids whose terms first sum to at least `enough`; one at least.
-void CutToMass(const float* terms, double enough, std::vector<Rank>* ranks) {
-  const auto first = ranks->begin();
-  // The first `under` do not sum to enough, the first `over` do (or are all there are).
-  int64_t under = 0, over = static_cast<int64_t>(ranks->size());
-  double mass_under = 0;
-  while (over - under > 1) {
-    const int64_t middle = under + (over - under) / 2;
-    std::nth_element(first + under, first + middle, first + over);
-    double mass = mass_under;
-    for (int64_t i = under; i < middle; ++i) mass += terms[IdOf(first[i])];
-    if (mass >= enough) {
-      over = middle;
-    } else {
-      under = middle;
-      mass_under = mass;
-    }
-  }
-  ranks->resize(over);
-}
 
 // What a thread needs for its rows, kept for the next.
 struct Scratch {
   std::vector<Rank> ranks;
+  std::vector<double> bins;
   std::vector<float> terms;
 };
 
 // One row, all of whose logits are finite.
 class FiniteRow {
  public:
-  FiniteRow(int64_t W, const float* x, float max, Scratch* scratch)
-      : W_(W), x_(x), max_(max), sum_(Sum(1.0f)), scratch_(*scratch) {}
+  FiniteRow(const CpuKernels& kernels, int64_t W, const float* x, float max, Scratch* scratch)
+      : kernels_(kernels), W_(W), x_(x), max_(max), sum_(Sum(1.0f, nullptr)), scratch_(*scratch) {}
 
   float LogProbability(int64_t id) const {
     return static_cast<float>(static_cast<double>(x_[id]) - max_ - std::log(sum_));
   }
 
-  // The `top` most likely ids, most likely first; top <= W.
+  // The `top` most likely ids, most likely first; 1 <= top <= W.
   void Top(int64_t top, int32_t* ids, float* log_probs) {
-    MostLikely(W_, x_, top, &scratch_.ranks);
-    std::sort(scratch_.ranks.begin(), scratch_.ranks.end());
+    const Rank edge = Edge(nullptr, static_cast<double>(top));
+    std::vector<Rank>& ranks = scratch_.ranks;
+    ranks.clear();
+    const float bar = x_[IdOf(edge)];
+    for (int64_t i = 0; i < W_; ++i) {
+      if (x_[i] >= bar && RankAt(i) <= edge) ranks.push_back(RankAt(i));
+    }
+    std::sort(ranks.begin(), ranks.end());
     for (int64_t i = 0; i < top; ++i) {
-      ids[i] = IdOf(scratch_.ranks[i]);
+      ids[i] = IdOf(ranks[i]);
       log_probs[i] = LogProbability(ids[i]);
     }
   }
@@ -131,79 +71,102 @@ class FiniteRow {
   }
 
  private:
-  double Sum(float inverse) const {
+  // The sum of exp((x - max) * inverse), and its terms, unless null.
+  double Sum(float inverse, float* terms) const {
     double sum = 0;
     for (int64_t i = 0; i < W_; i += kBlock) {
-      sum += SumOfExp(std::min(kBlock, W_ - i), x_ + i, max_, inverse, nullptr);
+      sum += kernels_.sum_of_exp(std::min(kBlock, W_ - i), x_ + i, max_, inverse,
+                                 terms != nullptr ? terms + i : nullptr);
     }
     return sum;
   }
 
-  // Finds the block in which the cumulative probability passes u, and the id there.
-  int32_t SampleOfAll(float inverse, double u) const {
-    const double pass = u * (inverse == 1 ? sum_ : Sum(inverse));
-    double cumulative = 0;
-    int32_t last = 0;
-    for (int64_t i = 0; i < W_; i += kBlock) {
-      const int64_t lanes = std::min(kBlock, W_ - i);
-      float terms[kBlock];
-      const double sum = SumOfExp(lanes, x_ + i, max_, inverse, terms);
-      if (sum == 0) continue;
-      const bool here = cumulative + sum > pass;
-      double within = cumulative;
-      for (int64_t j = 0; here && j < lanes; ++j) {
-        within += terms[j];
-        if (within > pass) return static_cast<int32_t>(i + j);
-      }
-      // Here by a rounding, or the last that could be.
-      for (int64_t j = 0; j < lanes; ++j) {
-        if (terms[j] > 0) last = static_cast<int32_t>(i + j);
-      }
-      if (here) break;
-      cumulative += sum;
+  Rank RankAt(int64_t id) const { return RankOf(x_[id], static_cast<uint32_t>(id)); }
+
+  // The rank of the id with which the values (of all ids; null: 1 each), summed in the order of ranks, reach
+  // `enough`, which is more than 0 and less than the sum of all by more than a rounding, or a whole number.
+  Rank Edge(const float* values, double enough) {
+    constexpr int kShift = 64 - kBinBits;
+    std::vector<double>& bins = scratch_.bins;
+    bins.assign(size_t{1} << kBinBits, 0.0);
+    for (int64_t i = 0; i < W_; ++i) bins[RankAt(i) >> kShift] += values != nullptr ? values[i] : 1.0;
+    Rank bin = 0;
+    double before = 0;
+    while (bin + 1 < bins.size() && before + bins[bin] < enough) before += bins[bin++];
+    std::vector<Rank>& ranks = scratch_.ranks;
+    ranks.clear();
+    for (int64_t i = 0; i < W_; ++i) {
+      if (RankAt(i) >> kShift == bin) ranks.push_back(RankAt(i));
     }
-    return last;
+    // With the first `under` of the bin the sum does not reach `enough`, with the first `over` it does.
+    const auto first = ranks.begin();
+    int64_t under = 0, over = static_cast<int64_t>(ranks.size());
+    while (over - under > 1) {
+      const int64_t middle = under + (over - under) / 2;
+      std::nth_element(first + under, first + middle, first + over);
+      double sum = before;
+      for (int64_t i = under; i < middle; ++i) sum += values != nullptr ? values[IdOf(first[i])] : 1.0;
+      if (sum >= enough) {
+        over = middle;
+      } else {
+        under = middle;
+        before = sum;
+      }
+    }
+    return ranks[under];
+  }
+
+  // Makes the terms of all ids beyond `edge` zero; the sum of the others.
+  double CutTerms(Rank edge) {
+    const float bar = x_[IdOf(edge)];
+    double sum = 0;
+    for (int64_t i = 0; i < W_; ++i) {
+      if (x_[i] > bar || (x_[i] == bar && i <= IdOf(edge))) {
+        sum += scratch_.terms[i];
+      } else {
+        scratch_.terms[i] = 0;
+      }
+    }
+    return sum;
   }
 
   int32_t SampleOfSome(const ReadoutRequest& request, bool of_k, bool of_p, float inverse, double u) {
-    std::vector<Rank>& ranks = scratch_.ranks;
-    std::vector<float>& terms = scratch_.terms;
-    terms.resize(W_);
-    double sum = 0;
-    for (int64_t i = 0; i < W_; i += kBlock) {
-      sum += SumOfExp(std::min(kBlock, W_ - i), x_ + i, max_, inverse, &terms[i]);
-    }
-    if (of_k) {
-      MostLikely(W_, x_, request.top_k, &ranks);
-      sum = 0;
-      for (const Rank rank : ranks) sum += terms[IdOf(rank)];
-    } else {
-      // Even all of those below the bar together could be left out.
-      const double bar = 0.5 * (1.0 - request.top_p) * sum / static_cast<double>(W_);
-      ranks.clear();
-      for (int64_t i = 0; i < W_; ++i) {
-        if (terms[i] >= bar) ranks.push_back(RankOf(x_[i], static_cast<uint32_t>(i)));
-      }
-    }
-    if (of_p) {
-      CutToMass(terms.data(), request.top_p * sum, &ranks);
-      sum = 0;
-      for (const Rank rank : ranks) sum += terms[IdOf(rank)];
-    }
-    const Rank least_likely = *std::max_element(ranks.begin(), ranks.end());
-    const float bar = x_[IdOf(least_likely)];
-    const double pass = u * sum;
-    double cumulative = 0;
-    int32_t last = 0;
-    for (int64_t i = 0; i < W_; ++i) {
-      if (x_[i] < bar || RankOf(x_[i], static_cast<uint32_t>(i)) > least_likely || terms[i] == 0) continue;
-      cumulative += terms[i];
-      last = static_cast<int32_t>(i);
-      if (cumulative > pass) break;
-    }
-    return last;
+    scratch_.terms.resize(W_);
+    float* const terms = scratch_.terms.data();
+    double sum = Sum(inverse, terms);
+    if (of_k) sum = CutTerms(Edge(nullptr, request.top_k));
+    if (of_p) sum = CutTerms(Edge(terms, request.top_p * sum));
+    return FirstPast(terms, 0, W_, 0, u * sum);
   }
 
+  // Finds the block in which the sum passes, and the id there.
+  int32_t SampleOfAll(float inverse, double u) const {
+    const double pass = u * (inverse == 1 ? sum_ : Sum(inverse, nullptr));
+    double before = 0;
+    for (int64_t i = 0; i < W_; i += kBlock) {
+      const int64_t width = std::min(kBlock, W_ - i);
+      float terms[kBlock];
+      const double sum = kernels_.sum_of_exp(width, x_ + i, max_, inverse, terms);
+      if (before + sum > pass) return FirstPast(terms, i, width, before, pass);
+      before += sum;
+    }
+    return 0;  // Not reached: the sum of all is larger than `pass`.
+  }
+
+  // The first id from `id` on, of `width`, with whose term the sum exceeds `pass`; the last that has a term,
+  // should the sum have been larger by a rounding.
+  static int32_t FirstPast(const float* terms, int64_t id, int64_t width, double sum, double pass) {
+    int64_t found = 0;
+    for (int64_t i = 0; i < width; ++i) {
+      if (terms[i] == 0) continue;
+      found = i;
+      sum += terms[i];
+      if (sum > pass) break;
+    }
+    return static_cast<int32_t>(id + found);
+  }
+
+  const CpuKernels& kernels_;
   const int64_t W_;
   const float* const x_;
   const float max_;
@@ -211,18 +174,17 @@ class FiniteRow {
   Scratch& scratch_;
 };
 
-void ReadoutRow(const ReadoutArgs& args, int64_t row, Scratch* scratch) {
+void ReadoutRow(const CpuKernels& kernels, const ReadoutArgs& args, int64_t row, Scratch* scratch) {
   const ReadoutRequest& request = args.requests[row];
   const bool samples = request.target < 0 && request.sample != 0;
   int32_t* const top_ids = args.top_ids + row * kMaxTopTokens;
   float* const top_log_probs = args.top_log_probs + row * kMaxTopTokens;
-  args.ids[row] = request.target;
+  args.ids[row] = std::max(request.target, -1);
   args.log_probs[row] = 0.0f;
-  if (request.target < 0) args.ids[row] = -1;
   if (request.target < 0 && !samples && request.top == 0) return;
   const int64_t W = args.vocabulary, top = std::min<int64_t>(request.top, W);
   const float* const x = args.logits + row * args.logits_stride;
-  const float max = MaxOfFinite(W, x);
+  const float max = kernels.largest(W, x);
   if (std::isnan(max)) {
     if (samples) args.ids[row] = 0;
     args.log_probs[row] = kNaN;
@@ -231,7 +193,7 @@ void ReadoutRow(const ReadoutArgs& args, int64_t row, Scratch* scratch) {
       top_log_probs[i] = kNaN;
     }
   } else {
-    FiniteRow finite(W, x, max, scratch);
+    FiniteRow finite(kernels, W, x, max, scratch);
     if (samples) args.ids[row] = finite.Sample(request);
     if (args.ids[row] >= 0) args.log_probs[row] = finite.LogProbability(args.ids[row]);
     if (top > 0) finite.Top(top, top_ids, top_log_probs);
@@ -260,9 +222,10 @@ absl::Status Readout(const ReadoutArgs& args, const OpContext& context) {
   }
   RETURN_IF_ERROR(CheckKernels(context, {}));
   CUDA_DOOR(ReadoutCuda(args, context.stream));
+  const CpuKernels& kernels = ActiveCpuKernels();
   context.parallel_for(args.rows, GrainFor(kMinElements, args.vocabulary), [&](int64_t begin, int64_t end) {
     static thread_local Scratch scratch;
-    for (int64_t row = begin; row < end; ++row) ReadoutRow(args, row, &scratch);
+    for (int64_t row = begin; row < end; ++row) ReadoutRow(kernels, args, row, &scratch);
   });
   return absl::OkStatus();
 }

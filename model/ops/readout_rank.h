@@ -13,8 +13,8 @@ namespace deltanet {
 using Rank = uint64_t;
 
 constexpr uint32_t RankWordOf(float logit) {
-  const uint32_t bits = std::bit_cast<uint32_t>(logit == 0.0f ? 0.0f : logit);
-  return bits >> 31 != 0 ? bits : ~bits & 0x7fffffffu;
+  const int32_t bits = std::bit_cast<int32_t>(logit + 0.0f);
+  return static_cast<uint32_t>(bits ^ (~(bits >> 31) & 0x7fffffff));  // Without a branch: signs are random.
 }
 constexpr Rank RankOf(uint32_t word, uint32_t id) { return static_cast<Rank>(word) << 32 | id; }
 constexpr Rank RankOf(float logit, uint32_t id) { return RankOf(RankWordOf(logit), id); }
