@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "model/base/checkpoint.h"
 #include "model/base/config.h"
-#include "model/base/safetensors.h"
 #include "model/base/status_macros.h"
 #include "model/device.h"
 #include "model/model.h"
@@ -913,18 +913,19 @@ namespace {
 absl::StatusOr<std::unique_ptr<Engine>> LoadEngine(const std::string& directory,
                                                    const ModelOptions& options) {
   ASSIGN_OR_RETURN(ModelConfig config, ReadModelConfig(directory));
-  ASSIGN_OR_RETURN(const SafetensorsReader file,
-                   SafetensorsReader::Open(absl::StrCat(directory, "/model.safetensors")));
+  ASSIGN_OR_RETURN(const Checkpoint checkpoint, Checkpoint::Open(directory));
   const auto in_file = [&](const absl::Status& status) {
-    return absl::Status(status.code(), absl::StrCat(file.path(), ": ", status.message()));
+    return absl::Status(status.code(), absl::StrCat(checkpoint.path(), ": ", status.message()));
   };
-  if (const absl::Status status = ResolveFromFile(file.entries(), &config); !status.ok()) return in_file(status);
-  if (const absl::Status status = CheckTensors(file.entries(), ExpectedTensors(config)); !status.ok()) {
+  if (const absl::Status status = ResolveFromFile(checkpoint.entries(), &config); !status.ok()) {
+    return in_file(status);
+  }
+  if (const absl::Status status = CheckTensors(checkpoint.entries(), ExpectedTensors(config)); !status.ok()) {
     return in_file(status);
   }
   return CatchTorch(absl::StrCat("loading ", directory), [&]() -> absl::StatusOr<std::unique_ptr<Engine>> {
     SetTorchThreads(options.cpu_threads);
-    ASSIGN_OR_RETURN(Weights weights, LoadWeights(config, file, options.device, options.dtype));
+    ASSIGN_OR_RETURN(Weights weights, LoadWeights(config, checkpoint, options.device, options.dtype));
     auto engine = std::make_unique<Engine>(std::move(weights), options);
     RETURN_IF_ERROR(engine->WarmUp());
     return engine;

@@ -21,7 +21,7 @@ int64_t RoundUp(int64_t n, int64_t multiple) { return (n + multiple - 1) / multi
 // to the device as a whole; on the CPU the two are the same.
 class Loader {
  public:
-  Loader(const ModelConfig& config, const SafetensorsReader& file, DType dtype)
+  Loader(const ModelConfig& config, const Checkpoint& file, DType dtype)
       : config_(config), file_(file), dtype_(dtype) {}
 
   absl::StatusOr<Weights> Load(const Device& device) {
@@ -239,7 +239,7 @@ class Loader {
   }
 
   const ModelConfig& config_;
-  const SafetensorsReader& file_;
+  const Checkpoint& file_;
   const DType dtype_;
   DeviceBuffer arena_;
   char* host_ = nullptr;
@@ -248,8 +248,8 @@ class Loader {
 
 }  // namespace
 
-absl::StatusOr<Weights> LoadWeights(const ModelConfig& config, const SafetensorsReader& file,
-                                    const Device& device, DType dtype) {
+absl::StatusOr<Weights> LoadWeights(const ModelConfig& config, const Checkpoint& file, const Device& device,
+                                    DType dtype) {
   return Loader(config, file, dtype).Load(device);
 }
 

@@ -15,8 +15,8 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "model/base/checkpoint.h"
 #include "model/base/config.h"
-#include "model/base/safetensors.h"
 #include "model/device.h"
 #include "model/ops/conv_qkv.h"
 #include "model/ops/elementwise.h"
@@ -82,11 +82,11 @@ struct Weights {
   DeviceBuffer arena;                 // Owns all of the above.
 };
 
-// Loads the tensors of `config` (heads resolved, tensors checked) from `file` and composes each convolution
-// with its linear layer, in float64; matrices are rounded to `dtype` (float32 or bfloat16) once, at the end.
-// DATA_LOSS if the file cannot be read. Throws what LibTorch throws.
-absl::StatusOr<Weights> LoadWeights(const ModelConfig& config, const SafetensorsReader& file,
-                                    const Device& device, DType dtype);
+// Loads the tensors of `config` (resolved, tensors checked) from `file` and composes each convolution of the
+// README families with its linear layer, in float64; matrices are rounded to `dtype` (float32 or bfloat16)
+// once, at the end. DATA_LOSS if a file cannot be read. Throws what LibTorch throws.
+absl::StatusOr<Weights> LoadWeights(const ModelConfig& config, const Checkpoint& file, const Device& device,
+                                    DType dtype);
 
 }  // namespace deltanet
 

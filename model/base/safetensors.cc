@@ -437,8 +437,14 @@ absl::StatusOr<const SafetensorsEntry*> SafetensorsReader::Find(absl::string_vie
 }
 
 absl::Status SafetensorsReader::Read(const SafetensorsEntry& entry, void* to) const {
+  return ReadRange(entry, 0, entry.bytes, to);
+}
+
+absl::Status SafetensorsReader::ReadRange(const SafetensorsEntry& entry, int64_t offset, int64_t bytes,
+                                          void* to) const {
+  DELTANET_CHECK(offset >= 0 && bytes >= 0 && bytes <= entry.bytes - offset, "a range within the entry");
   const absl::Status status =
-      ReadAt(file_descriptor_, entry.file_offset, entry.bytes, static_cast<char*>(to));
+      ReadAt(file_descriptor_, entry.file_offset + offset, bytes, static_cast<char*>(to));
   return status.ok() ? status : WithPath(status, path_);
 }
 

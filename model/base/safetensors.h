@@ -28,6 +28,7 @@ struct SafetensorsEntry {
   Shape shape;
   int64_t file_offset = 0;  // Of the first byte, from the start of the file.
   int64_t bytes = 0;
+  int file = 0;  // Of a checkpoint's files, the one that holds it (see checkpoint.h).
 };
 
 // An open file and its checked header. Thread-safe: all reads are positioned. Movable.
@@ -54,6 +55,8 @@ class SafetensorsReader {
   // Reads all of `entry`'s bytes to `to`, which has entry.bytes bytes. DATA_LOSS if the file has shrunk or
   // cannot be read; `to` is then unspecified.
   absl::Status Read(const SafetensorsEntry& entry, void* to) const;
+  // The same for `bytes` of them, from byte `offset` of the entry on. The caller keeps within the entry.
+  absl::Status ReadRange(const SafetensorsEntry& entry, int64_t offset, int64_t bytes, void* to) const;
 
  private:
   SafetensorsReader(std::string path, int file_descriptor, std::map<std::string, SafetensorsEntry> entries);
