@@ -4,10 +4,11 @@
 // With p = softmax(logits):
 //   score    log p(target)
 //   top      the `top` most likely ids with their log p, most likely first; of equals the lower id first
-//   sample   temperature 0: the first of `top 1`. Else from p_T = softmax(logits / temperature), restricted to
-//            the top_k most likely ids (0: all) and of these, renormalized, to the shortest prefix whose
-//            probabilities sum to at least top_p (the most likely one at least), renormalized again: the first
-//            id, in the order of ids, whose cumulative probability exceeds u; log p (not p_T) is reported.
+//   sample   temperature 0: the first of `top 1`. Else from p_T = softmax(logits / temperature), restricted
+//            to the top_k most likely ids (0: all) and of these, renormalized, to the shortest prefix whose
+//            probabilities sum to at least top_p (the most likely one at least), renormalized again: the
+//            first id, in the order of ids, whose cumulative probability exceeds u; log p (not p_T) is
+//            reported.
 //
 // u in [0, 1) is the first word of Philox4x32-10 (Salmon et al., 2011) with key `seed` and counter `counter`,
 // times 2^-32 (words: philox.h): the random stream of a session is a function of its seed and the token's
@@ -58,8 +59,8 @@ struct ReadoutArgs {
   float* top_log_probs = nullptr;  // Likewise; 0 beyond W.
 };
 
-// Reads the logits a few times. On the CPU, rows in parallel. INVALID_ARGUMENT on sizes or device; requests are
-// checked by the caller. A row's results depend on its own logits and request alone, bit for bit.
+// Reads the logits a few times. On the CPU, rows in parallel. INVALID_ARGUMENT on sizes or device; requests
+// are checked by the caller. A row's results depend on its own logits and request alone, bit for bit.
 absl::Status Readout(const ReadoutArgs& args, const OpContext& context);
 
 // The u above.
