@@ -4,13 +4,12 @@
 //   OneShot    a (8,128,64) batch through TransformerDeltaNet(64, num_layers=6), centred convolutions
 //   Sessions   N sessions, T tokens each in every step, `in_flight` steps launched and not yet waited for
 //   Position   one session, a token a step, after it was fed that many
+//   Prefill    B fresh prompts of T tokens and the first token after each
+//   Generate   N sessions that generate greedily, each token fed back on the device
 //
 // On the CPU with all of the machine's threads, and in builds with CUDA on a GPU in both dtypes. There, if
-// DELTANET_BENCH_MODEL_DIR names a model's directory, Sessions runs that model too. The numbers for a
-// language model are of
-//
-//   deltanet-client make-model --family=deltanet_model --d-model=2048 --num-layers=24 --num-heads=16
-//     --vocab-size=32000 --output=DIRECTORY
+// DELTANET_BENCH_MODEL_DIR names a model's directory, Sessions runs that model too, and Prefill and Generate if it
+// generates. DELTANET_BENCH_CPU_MODEL_DIR names one for those two on the CPU.
 #include <benchmark/benchmark.h>
 #include <unistd.h>
 
@@ -36,13 +35,14 @@
 namespace deltanet {
 namespace {
 
-constexpr int64_t kMaxSessions = 256, kMaxStepTokens = 4096;
+constexpr int64_t kMaxSessions = 256, kMaxStepTokens = 4096, kMaxPrefillTokens = 16384;
 
 // A model to be measured; loaded by the first case that is run.
 class Subject {
  public:
   // An empty `directory` stands for the small random model.
-  Subject(const Mode& mode, std::string directory) : mode_(mode), directory_(std::move(directory)) {}
+  Subject(const Mode& mode, std::string directory, int64_t max_step_tokens = kMaxStepTokens)
+      : mode_(mode), directory_(std::move(directory)), max_step_tokens_(max_step_tokens) {}
 
   // Null if it cannot be loaded; the case then says why.
   Model* Load(benchmark::State& state) {
@@ -58,7 +58,7 @@ class Subject {
     ModelOptions options;
     options.device = mode_.device;
     options.dtype = mode_.dtype;
-    options.max_step_tokens = kMaxStepTokens;
+    options.max_step_tokens = max_step_tokens_;
     options.max_step_rows = kMaxSessions;
     options.max_slots = kMaxSessions;
     if (mode_.device.type == DeviceType::kCpu) options.pool_bytes = int64_t{1} << 30;
@@ -75,6 +75,7 @@ class Subject {
  private:
   const Mode mode_;
   std::string directory_;
+  const int64_t max_step_tokens_;
   std::unique_ptr<Model> model_;
 };
 
@@ -204,6 +205,131 @@ void Position(benchmark::State& state, Subject* subject) {
   Report(state, 1);
 }
 
+// Sequences that take a prompt in and then generate, session s in slot s.
+class Generations {
+ public:
+  Generations(Model* model, int64_t sessions, int64_t prompt)
+      : model_(model), prompt_(prompt), rows_(sessions), ids_(sessions), log_probs_(sessions), input_(prompt) {
+    std::mt19937 random(1);
+    for (int64_t& id : input_) id = static_cast<int64_t>(random() % model->description().vocab_size);
+    for (int64_t s = 0; s < sessions; ++s) {
+      rows_[s].base_slot = rows_[s].work_slot = static_cast<int32_t>(s);
+      rows_[s].input_dtype = DType::kInt64;
+      rows_[s].ids = &ids_[s];
+      rows_[s].log_probs = &log_probs_[s];
+    }
+  }
+
+  // The prompts, in as many steps as they need, and the first token of each.
+  absl::Status Prefill() {
+    const int64_t most = std::max<int64_t>(
+        1, model_->description().max_step_tokens / static_cast<int64_t>(rows_.size()));
+    for (position_ = 0; position_ < prompt_;) {
+      const int64_t tokens = std::min(most, prompt_ - position_);
+      const bool last = position_ + tokens == prompt_;
+      for (StepRow& row : rows_) {
+        row.fresh = position_ == 0;
+        row.position = position_;
+        row.tokens = tokens;
+        row.feed_sampled = false;
+        row.input = input_.data() + position_;
+        row.output_begin = tokens - (last ? 1 : 0);
+        row.readout = last ? ReadoutKind::kSample : ReadoutKind::kValues;
+      }
+      RETURN_IF_ERROR(Launch());
+      if (tickets_.size() == static_cast<size_t>(model_->description().max_steps_in_flight)) {
+        RETURN_IF_ERROR(Wait());
+      }
+      position_ += tokens;
+    }
+    while (!tickets_.empty()) RETURN_IF_ERROR(Wait());
+    return absl::OkStatus();
+  }
+  absl::Status LaunchToken() {
+    for (StepRow& row : rows_) {
+      row.fresh = false;
+      row.position = position_;
+      row.tokens = 1;
+      row.feed_sampled = true;
+      row.input = nullptr;
+      row.output_begin = 0;
+      row.readout = ReadoutKind::kSample;
+    }
+    ++position_;
+    return Launch();
+  }
+  // Waits for the oldest step.
+  absl::Status Wait() {
+    const StepTicket ticket = tickets_.front();
+    tickets_.pop();
+    ASSIGN_OR_RETURN(const StepResult result, model_->Wait(ticket));
+    for (const absl::Status& status : result.rows) RETURN_IF_ERROR(status);
+    return absl::OkStatus();
+  }
+
+ private:
+  absl::Status Launch() {
+    ASSIGN_OR_RETURN(const StepTicket ticket, model_->Prepare(rows_));
+    RETURN_IF_ERROR(model_->Launch(ticket));
+    tickets_.push(ticket);
+    return absl::OkStatus();
+  }
+
+  Model* const model_;
+  const int64_t prompt_;
+  std::vector<StepRow> rows_;
+  std::vector<int64_t> ids_;
+  std::vector<float> log_probs_;
+  std::vector<int64_t> input_;
+  int64_t position_ = 0;
+  std::queue<StepTicket> tickets_;
+};
+
+void Prefill(benchmark::State& state, Subject* subject) {
+  Model* const model = subject->Load(state);
+  if (model == nullptr) return;
+  Generations prompts(model, state.range(0), state.range(1));
+  for (auto _ : state) {
+    if (!Ok(state, prompts.Prefill())) return;
+  }
+  Report(state, state.range(0) * state.range(1));
+}
+
+void Generate(benchmark::State& state, Subject* subject) {
+  Model* const model = subject->Load(state);
+  if (model == nullptr) return;
+  Generations generations(model, state.range(0), 64);
+  if (!Ok(state, generations.Prefill())) return;
+  const int ahead = model->description().max_steps_in_flight - 1;
+  for (int i = 0; i < ahead; ++i) {
+    if (!Ok(state, generations.LaunchToken())) return;
+  }
+  for (auto _ : state) {
+    if (!Ok(state, generations.LaunchToken()) || !Ok(state, generations.Wait())) return;
+  }
+  for (int i = 0; i < ahead; ++i) {
+    if (!Ok(state, generations.Wait())) return;
+  }
+  Report(state, state.range(0));
+}
+
+void RegisterGeneration(const std::string& name, const Mode& mode, Subject* subject) {
+  auto* prefill = benchmark::RegisterBenchmark(absl::StrCat("Prefill/", name, "/", mode.name).c_str(), Prefill, subject)
+                      ->ArgNames({"B", "T"})
+                      ->UseRealTime()
+                      ->Unit(benchmark::kMillisecond);
+  if (mode.device.type == DeviceType::kCpu) {
+    prefill->Args({1, 512})->Args({8, 64});
+  } else {
+    prefill->Args({8, 2048})->Args({1, 16384})->Args({1, 2048})->Args({1, 512})->Args({64, 64});
+  }
+  benchmark::RegisterBenchmark(absl::StrCat("Generate/", name, "/", mode.name).c_str(), Generate, subject)
+      ->ArgNames({"N"})
+      ->ArgsProduct({{1, 16, 64, 256}})
+      ->UseRealTime()
+      ->Unit(benchmark::kMillisecond);
+}
+
 void RegisterSessions(const std::string& name, const Mode& mode, Subject* subject) {
   const bool queues = mode.device.type != DeviceType::kCpu;
   benchmark::RegisterBenchmark(absl::StrCat("Sessions/", name, "/", mode.name).c_str(), SessionsStep, subject)
@@ -231,8 +357,17 @@ void RegisterAll(std::vector<std::unique_ptr<Subject>>* subjects) {
         ->Iterations(2000)
         ->UseRealTime()
         ->Unit(benchmark::kMicrosecond);
-    if (large != nullptr && mode.device.type == DeviceType::kCuda) {
+    const bool on_cpu = mode.device.type == DeviceType::kCpu;
+    if (large != nullptr && !on_cpu) {
       RegisterSessions("large", mode, subjects->emplace_back(std::make_unique<Subject>(mode, large)).get());
+    }
+    const char* const generating = on_cpu ? std::getenv("DELTANET_BENCH_CPU_MODEL_DIR") : large;
+    if (generating != nullptr) {
+      RegisterGeneration("large", mode,
+                         subjects
+                             ->emplace_back(std::make_unique<Subject>(
+                                 mode, generating, on_cpu ? kMaxStepTokens : kMaxPrefillTokens))
+                             .get());
     }
   }
 }
