@@ -1,10 +1,13 @@
-// The definitions of norms and gated units, and a step of AddRmsNorm with any of its parts.
+// The definitions of norms and gates, and steps of AddRmsNorm (with any of its parts), SiluGate and Embed.
 #ifndef DELTANET_TESTS_MODEL_OPS_NORM_ELEMENTWISE_PROBLEM_H_
 #define DELTANET_TESTS_MODEL_OPS_NORM_ELEMENTWISE_PROBLEM_H_
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
+#include <string>
 #include <vector>
 
 #include "gtest/gtest.h"
@@ -99,6 +102,102 @@ std::vector<T> GatedReference(GateKind kind, int64_t rows, int64_t f, const std:
   }
   return out;
 }
+
+// Six rows of x and, at a stride, of gate, both held in `dtype`.
+struct SiluGateProblem {
+  static constexpr int64_t kRows = 6, kPadding = 3;
+
+  explicit SiluGateProblem(int64_t width, DType dtype = DType::kFloat32)
+      : width(width),
+        dtype(dtype),
+        gate(Rounded(RandomNormal(kRows * (width + kPadding), 80, 3.0f), dtype)),
+        before(Rounded(RandomNormal(kRows * width, 81), dtype)),
+        x(kRows * width) {
+    std::copy(before.begin(), before.end(), x.data());
+  }
+
+  SiluGateArgs Args() {
+    return {.rows = kRows,
+            .width = width,
+            .dtype = dtype,
+            .gate = gate.data(),
+            .gate_stride = width + kPadding,
+            .x = x.data()};
+  }
+
+  template <typename T>
+  std::vector<T> Reference() const {
+    std::vector<T> out(kRows * width);
+    for (int64_t n = 0; n < kRows; ++n) {
+      for (int64_t j = 0; j < width; ++j) {
+        const T g = gate[n * (width + kPadding) + j];
+        out[n * width + j] = static_cast<T>(before[n * width + j]) * (g / (T(1) + std::exp(-g)));
+      }
+    }
+    return out;
+  }
+
+  // Holds x, after the operator ran, to the bound.
+  void Compare() {
+    ExpectAsGoodAsPlain(x.data(), Reference<float>().data(), Reference<double>().data(), kRows * width,
+                        std::to_string(width), dtype);
+    EXPECT_TRUE(x.GuardsIntact());
+  }
+
+  const int64_t width;
+  const DType dtype;
+  const std::vector<float> gate, before;
+  Guarded x;
+};
+
+// Rows whose tokens take ids of their own and ids that slots hold, from a table held in `dtype`.
+struct EmbedProblem {
+  static constexpr int64_t kVocabulary = 11, kSlots = 6, kSlotStride = 3, kOffset = 1;
+
+  explicit EmbedProblem(int64_t width, DType dtype = DType::kFloat32)
+      : width(width),
+        dtype(dtype),
+        table(Rounded(RandomNormal(kVocabulary * width, 12), dtype)),
+        pool(kSlots * kSlotStride, kNaN),
+        out(static_cast<int64_t>(ids.size()) * width) {
+    ragged.Add(1, 0, 1);
+    ragged.Add(0, 1, 2);
+    ragged.Add(4, -1, 2, true);
+    ragged.Add(1, 3, 3);
+    ragged.Add(2, 5, 4);
+    ragged.Add(0, 2, 5);
+    for (int32_t slot = 0; slot < kSlots; ++slot) {
+      const int32_t id = 10 - slot;
+      std::memcpy(&pool[slot * kSlotStride + kOffset], &id, sizeof(id));
+    }
+  }
+
+  EmbedArgs Args() {
+    return {.width = width,
+            .ids = ids.data(),
+            .sampled = {.pool = pool.data(), .slot_stride = kSlotStride, .offset = kOffset},
+            .dtype = dtype,
+            .table = table.data(),
+            .out = out.data()};
+  }
+
+  // After the operator ran.
+  void Compare() {
+    const int64_t looked_up[] = {10, 10, 0, 3, 3, 7, 2, 5};
+    for (int64_t n = 0; n < 8; ++n) {
+      EXPECT_TRUE(SameBits(out.data() + n * width, &table[looked_up[n] * width], width)) << "token " << n;
+    }
+    EXPECT_TRUE(out.GuardsIntact());
+  }
+
+  const int64_t width;
+  const DType dtype;
+  const std::vector<int64_t> ids = {kSampledId, 10, 0, 3, 3, kSampledId, 2, kSampledId};
+  const std::vector<float> table;
+  std::vector<float> pool;
+  Guarded out;
+  Ragged ragged;
+};
 
 // Where a sigmoid has to get it right: what to put in, and what twice its sigmoid is.
 struct SigmoidExtremes {

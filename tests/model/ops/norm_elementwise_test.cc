@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -186,21 +187,44 @@ TEST_P(GatedUnitTest, ExtremesAndNonFiniteValues) {
 INSTANTIATE_TEST_SUITE_P(Isa, GatedUnitTest, EveryIsa(),
                          [](const auto& info) { return IsaName(info.param); });
 
-TEST(EmbedTest, CopiesRowsOfTheTable) {
-  constexpr int64_t kWidth = 5;
-  const std::vector<float> table = RandomNormal(11 * kWidth, 12);
-  const std::vector<int64_t> ids = {10, 0, 3, 3};
-  Guarded out(4 * kWidth);
-  Ragged ragged;
-  ragged.Add(4, 0, 0);
-  ASSERT_TRUE(Embed(ragged.rows(),
-                    {.width = kWidth, .ids = ids.data(), .table = table.data(), .out = out.data()},
-                    ThreadedContext())
-                  .ok());
-  for (int64_t n = 0; n < 4; ++n) {
-    EXPECT_TRUE(SameBits(out.data() + n * kWidth, table.data() + ids[n] * kWidth, kWidth));
+class SiluGateTest : public IsaTest {};
+
+TEST_P(SiluGateTest, MatchesTheReference) {
+  for (const int64_t width : kWidths) {
+    SiluGateProblem problem(width);
+    ASSERT_TRUE(SiluGate(problem.Args(), ThreadedContext()).ok());
+    problem.Compare();
   }
-  EXPECT_TRUE(out.GuardsIntact());
+}
+
+TEST_P(SiluGateTest, NaNShowsAndClosedGatesGiveZero) {
+  const std::vector<float> gate = {kNaN, 1, -1e30f, -88, 0, 1e30f};
+  Guarded x(6);
+  const float values[] = {1, kNaN, 2, 2, 2, 2};
+  std::copy_n(values, 6, x.data());
+  ASSERT_TRUE(SiluGate({.rows = 1, .width = 6, .gate = gate.data(), .gate_stride = 6, .x = x.data()},
+                       SerialContext())
+                  .ok());
+  EXPECT_TRUE(std::isnan(x[0]) && std::isnan(x[1]));
+  EXPECT_EQ(x[2], 0.0f);
+  EXPECT_NEAR(x[3], 0.0f, 1e-35f);
+  EXPECT_EQ(x[4], 0.0f);
+  EXPECT_FLOAT_EQ(x[5], 2e30f);
+  EXPECT_TRUE(x.GuardsIntact());
+}
+
+INSTANTIATE_TEST_SUITE_P(Isa, SiluGateTest, EveryIsa(), [](const auto& info) { return IsaName(info.param); });
+
+TEST(EmbedTest, CopiesRowsOfTheTableThatIdsOrSlotsName) {
+  for (const int64_t width : kWidths) {
+    for (const bool threads : {false, true}) {
+      SCOPED_TRACE(width);
+      EmbedProblem problem(width);
+      ASSERT_TRUE(
+          Embed(problem.ragged.rows(), problem.Args(), threads ? ThreadedContext() : SerialContext()).ok());
+      problem.Compare();
+    }
+  }
 }
 
 TEST(ElementwiseContractTest, RefuseWhatTheyCannotDo) {
@@ -212,6 +236,19 @@ TEST(ElementwiseContractTest, RefuseWhatTheyCannotDo) {
   EXPECT_EQ(GatedUnit({.rows = 1, .width = 1}, CudaContext()).code(), absl::StatusCode::kFailedPrecondition);
 #endif
   EXPECT_TRUE(GatedUnit({.rows = 0, .width = 1}, SerialContext()).ok());
+  EXPECT_EQ(SiluGate({.rows = 0, .width = 0}, SerialContext()).code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(SiluGate({.rows = -1, .width = 1, .gate_stride = 1}, SerialContext()).code(),
+            absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(SiluGate({.rows = 0, .width = 2, .gate_stride = 1}, SerialContext()).code(),
+            absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(
+      SiluGate({.rows = 0, .width = 1, .dtype = DType::kBFloat16, .gate_stride = 1}, SerialContext()).code(),
+      absl::StatusCode::kInvalidArgument);
+#ifndef DELTANET_CUDA
+  EXPECT_EQ(SiluGate({.rows = 0, .width = 1, .gate_stride = 1}, CudaContext()).code(),
+            absl::StatusCode::kFailedPrecondition);
+#endif
+  EXPECT_TRUE(SiluGate({.rows = 0, .width = 1, .gate_stride = 1}, SerialContext()).ok());
   const RaggedRows none;
   EXPECT_EQ(Embed(none, {.width = 0}, SerialContext()).code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(Embed(none, {.width = 1, .dtype = DType::kBFloat16}, SerialContext()).code(),
