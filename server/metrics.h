@@ -3,7 +3,8 @@
 // Names start with deltanet_. Labels: `model` (the names given at start), `method` (the RPCs), `code` (gRPC's
 // names), `reason` (those of proto/wire.h); never anything that a client chose.
 //
-//   requests_total{method,code}            RPCs that ended; a stream is one
+//   requests_total{method,code}            RPCs that ended; a stream is one; CANCELLED where the client gave it
+//                                          up or was gone
 //   stream_messages_total{code}            messages of StreamForward that were answered
 //   errors_total{reason}                   answers that were an error, of RPCs and messages
 //   request_duration_seconds{method}       from an RPC's arrival to its answer; in StreamForward, of each

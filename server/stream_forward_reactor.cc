@@ -319,6 +319,10 @@ bool StreamForwardReactor::MayFinishLocked() const {
          (read_closed_ || !closing_.ok() || cancellation_->cancelled);
 }
 
+absl::Status StreamForwardReactor::EndLocked() const {
+  return cancellation_->cancelled ? CancelledError() : closing_;
+}
+
 void StreamForwardReactor::LeaveWindowLocked(const Message& message) {
   --window_messages_;
   window_bytes_ -= message.window_bytes;
@@ -357,7 +361,7 @@ void StreamForwardReactor::Advance() {
       } else if (MayFinishLocked()) {
         finished_ = true;
         finish = true;
-        status = cancellation_->cancelled ? CancelledError() : closing_;
+        status = EndLocked();
       }
     }
     if (write != nullptr) StartWrite(write);
@@ -365,7 +369,6 @@ void StreamForwardReactor::Advance() {
     if (finish) {
       // Before the client learns of the end: it may at once name the sessions elsewhere.
       context_->sessions->Detach(attachment_);
-      context_->metrics->OnRequestDone(Method::kStreamForward, status);
       Finish(ToGrpcStatus(status));
     }
   } while (read);
@@ -394,7 +397,7 @@ void StreamForwardReactor::OnCancel() {
 void StreamForwardReactor::Drain() {
   {
     MutexLock lock(&mu_);
-    if (closing_.ok()) {
+    if (closing_.ok() && !finished_) {
       closing_ = MakeError(absl::StatusCode::kUnavailable, reason::kDraining, "the server is shutting down");
     }
   }
@@ -405,6 +408,8 @@ void StreamForwardReactor::OnDone() {
   std::shared_ptr<StreamForwardReactor> self;
   MutexLock lock(&mu_);
   self = std::move(self_);
+  // Not before: a client that is gone looks, until OnCancel, like one that has closed its side.
+  context_->metrics->OnRequestDone(Method::kStreamForward, EndLocked());
   context_->calls->Remove(active_call_);
 }
 

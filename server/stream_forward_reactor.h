@@ -99,6 +99,8 @@ class StreamForwardReactor
   bool MayReadLocked() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   bool MayFinishLocked() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void LeaveWindowLocked(const Message& message) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // What the stream ends with, as far as is known.
+  absl::Status EndLocked() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   // Constant after construction.
   const ServiceContext* const context_;

@@ -14,6 +14,9 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
+#include "deltanet/v1/deltanet.pb.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/e2e/test_server.h"
@@ -163,9 +166,11 @@ TEST(Lifecycle, MetricsCountWhatHappens) {
   ASSERT_TRUE(stream->Finish().ok());
 
   EXPECT_EQ(server.Metric("deltanet_sessions{model=\"m\"}"), 0);
+  // The server counts a stream once its end has gone out.
+  while (server.Metric("deltanet_requests_total{code=\"OK\",method=\"StreamForward\"}") != 1) {
+  }
   EXPECT_EQ(server.Metric("deltanet_requests_total{code=\"OK\",method=\"Forward\"}"), 1);
   EXPECT_EQ(server.Metric("deltanet_requests_total{code=\"NOT_FOUND\",method=\"Forward\"}"), 1);
-  EXPECT_EQ(server.Metric("deltanet_requests_total{code=\"OK\",method=\"StreamForward\"}"), 1);
   EXPECT_EQ(server.Metric("deltanet_stream_messages_total{code=\"OK\"}"), 1);
   EXPECT_EQ(server.Metric("deltanet_stream_messages_total{code=\"INVALID_ARGUMENT\"}"), 1);
   EXPECT_EQ(server.Metric("deltanet_errors_total{reason=\"MODEL_NOT_FOUND\"}"), 1);
@@ -254,6 +259,65 @@ TEST(Lifecycle, MetricsOfAStreamAndOfWhatGoesWrong) {
   EXPECT_EQ(server.Metric("deltanet_errors_total{reason=\"DRAINING\"}"), 1);
 }
 
+// 1024 steps of 10 ms: a cancellation comes in time.
+constexpr int64_t kLongTokens = 1024 * 256;
+void SlowDown(TestServer* server) {
+  server->model().OnLaunch([](int64_t) { absl::SleepFor(absl::Milliseconds(10)); });
+}
+
+TEST(Lifecycle, CallsGivenUpWhileQueuedAndWhileRunningAreCounted) {
+  TestServer server(FakeModelOptions{.num_slots = 1});
+  SlowDown(&server);
+  v1::ForwardRequest request;
+  request.mutable_input()->set_dtype(v1::DATA_TYPE_FLOAT32);
+  request.mutable_input()->add_shape(kLongTokens);
+  request.mutable_input()->add_shape(kWidth);
+  request.mutable_input()->mutable_data()->resize(kLongTokens * kWidth * sizeof(float));
+  const auto call = [&] {
+    return std::make_unique<RawCall>(server.target(), "/deltanet.v1.DeltaNetService/Forward",
+                                     request.SerializeAsString());
+  };
+  auto running = call();
+  while (server.Metric("deltanet_slots_free{model=\"m\"}") != 0) {
+  }
+  auto queued = call();  // There is no slot for it.
+  while (server.Metric("deltanet_queued_works") != 1) {
+  }
+  const auto cancelled = [&] {
+    return server.Metric("deltanet_works_total{model=\"m\",outcome=\"CANCELLED\"}");
+  };
+  queued.reset();
+  while (cancelled() != 1) {
+  }
+  EXPECT_EQ(server.Metric("deltanet_queued_works"), 0);
+  EXPECT_EQ(server.Metric("deltanet_slots_free{model=\"m\"}"), 0) << "the other one runs on";
+  running.reset();
+  while (cancelled() != 2) {
+  }
+  while (server.Metric("deltanet_requests_total{code=\"CANCELLED\",method=\"Forward\"}") != 2) {
+  }
+  EXPECT_EQ(server.Metric("deltanet_works_total{model=\"m\",outcome=\"OK\"}"), 0);
+  while (server.Metric("deltanet_errors_total{reason=\"CANCELLED\"}") != 2) {
+  }
+  EXPECT_EQ(server.Metric("deltanet_slots_free{model=\"m\"}"), 1);
+  EXPECT_LT(server.Metric("deltanet_tokens_total{model=\"m\"}"), kLongTokens);
+}
+
+TEST(Lifecycle, AMessageGivenUpWithItsStreamIsCounted) {
+  TestServer server(FakeModelOptions{});
+  SlowDown(&server);
+  const auto stream = server.client().OpenStream({});
+  ASSERT_TRUE(stream->Write({.input = AllTokens(RandomValues(1, kLongTokens))}));
+  while (server.Metric("deltanet_tokens_total{model=\"m\"}") == 0) {
+  }
+  stream->Cancel();
+  while (server.Metric("deltanet_requests_total{code=\"CANCELLED\",method=\"StreamForward\"}") != 1) {
+  }
+  EXPECT_EQ(server.Metric("deltanet_works_total{model=\"m\",outcome=\"CANCELLED\"}"), 1);
+  EXPECT_EQ(server.Metric("deltanet_stream_messages_total{code=\"CANCELLED\"}"), 1);
+  EXPECT_EQ(server.Metric("deltanet_slots_free{model=\"m\"}"), 8);
+}
+
 TEST(Lifecycle, TheDevicesMemoryIsAskedForWhenMetricsAreRead) {
   std::atomic<int64_t> free{0};
   ServerOptions options;
@@ -322,6 +386,7 @@ TEST(Lifecycle, ADrainFinishesWhatIsRunning) {
   EXPECT_EQ(Floats(response.output), server.model().ExpectedOutput(input));
   EXPECT_EQ(ErrorReason(busy->Finish()), reason::kDraining);
   shutdown.join();
+  EXPECT_EQ(server.Metric("deltanet_requests_total{code=\"UNAVAILABLE\",method=\"StreamForward\"}"), 3);
   EXPECT_FALSE(server.client().Forward(AllTokens(input), {}).ok());
 }
 

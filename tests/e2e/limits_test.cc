@@ -20,6 +20,18 @@ void AwaitSessions(const TestServer& server, int64_t sessions) {
   }
 }
 
+// Blocks until so many streams have ended, and expects that each was given up by its client.
+void ExpectGivenUp(const TestServer& server, int streams) {
+  const auto ended = [&](const std::string& code) {
+    return server.Metric("deltanet_requests_total{code=\"" + code + "\",method=\"StreamForward\"}");
+  };
+  while (ended("OK") + ended("CANCELLED") != streams) {
+  }
+  ASSERT_EQ(ended("CANCELLED"), streams);
+  while (server.Metric("deltanet_errors_total{reason=\"CANCELLED\"}") != streams) {
+  }
+}
+
 TEST(Limits, AHalfOpenConnectionIsNoticedAndItsSessionsAreFreed) {
   ServerOptions options;
   options.connections.keepalive_time = absl::Seconds(1);
@@ -42,6 +54,7 @@ TEST(Limits, AHalfOpenConnectionIsNoticedAndItsSessionsAreFreed) {
       server.client().Forward(AllTokens(input), {.session = SessionChoice{"named"}, .expected_position = 4});
   EXPECT_TRUE(again.ok()) << again.status();
   EXPECT_EQ(server.Metric("deltanet_slots_free{model=\"m\"}"), 8 - 1);
+  ExpectGivenUp(server, 1);
   stream->Cancel();
 }
 
@@ -56,8 +69,25 @@ TEST(Limits, AClientWhoseConnectionBreaksIsGoneAtOnce) {
   ASSERT_TRUE(stream->Write({.input = AllTokens(input)}) && stream->Read(&response));
   proxy.reset();
   AwaitSessions(server, 0);
+  EXPECT_EQ(server.Metric("deltanet_slots_free{model=\"m\"}"), 8);
+  ExpectGivenUp(server, 1);
   EXPECT_FALSE(stream->Read(&response));
   EXPECT_EQ(stream->Finish().code(), absl::StatusCode::kUnavailable);
+}
+
+TEST(Limits, AnIdleStreamThatItsClientCancelsIsCountedAsSuch) {
+  TestServer server(FakeModelOptions{});
+  const std::vector<float> input = RandomValues(1, 4);
+  constexpr int kStreams = 20;  // What the server sees first is not always the same.
+  for (int i = 0; i < kStreams; ++i) {
+    const auto stream = server.client().OpenStream({});
+    StreamResponse response;
+    ASSERT_TRUE(stream->Write({.input = AllTokens(input)}) && stream->Read(&response));
+    stream->Cancel();
+  }
+  ExpectGivenUp(server, kStreams);
+  AwaitSessions(server, 0);
+  EXPECT_EQ(server.Metric("deltanet_slots_free{model=\"m\"}"), 8);
 }
 
 TEST(Limits, MoreStreamsThanAConnectionMayHaveWaitAtTheClient) {
