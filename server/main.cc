@@ -1,6 +1,4 @@
 // deltanet-server: reads the settings, loads the models, serves.
-#include <unistd.h>
-
 #include <cstdio>
 #include <cstdlib>
 #include <string>
@@ -10,6 +8,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/time.h"
+#include "model/base/spin_briefly.h"
 #include "model/base/status_macros.h"
 #include "model/model.h"
 #include "server/config.h"
@@ -20,17 +19,6 @@
 
 namespace deltanet {
 namespace {
-
-// How long OpenMP's threads, on which LibTorch's and our kernels run, spin after their work in case there is
-// more: some 10 us, which outlasts the gaps within a step. By default they spin for milliseconds, at the cost
-// of gRPC's threads on the same cores; asleep at once, they must be woken some 50 times a step. On two cores
-// with the client beside the server, 64 streams got 160,000 tokens/s this way, and 118,000 either of those
-// ways. OpenMP reads the setting when it is loaded, before main, hence the new start.
-void SpinBriefly(char** argv) {
-  if (std::getenv("OMP_WAIT_POLICY") != nullptr || std::getenv("GOMP_SPINCOUNT") != nullptr) return;
-  setenv("GOMP_SPINCOUNT", "1000", 1);
-  execv("/proc/self/exe", argv);  // Where this fails, the server runs all the same.
-}
 
 absl::StatusOr<std::vector<NamedModel>> LoadAll(const ServerConfig& config) {
   ModelOptions options;

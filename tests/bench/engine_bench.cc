@@ -11,7 +11,6 @@
 // DELTANET_BENCH_MODEL_DIR names a model's directory, Sessions runs that model too, and Prefill and Generate if it
 // generates. DELTANET_BENCH_CPU_MODEL_DIR names one for those two on the CPU.
 #include <benchmark/benchmark.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -26,6 +25,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "model/base/config.h"
+#include "model/base/spin_briefly.h"
 #include "model/base/status_macros.h"
 #include "model/device.h"
 #include "model/model.h"
@@ -376,11 +376,7 @@ void RegisterAll(std::vector<std::unique_ptr<Subject>>* subjects) {
 }  // namespace deltanet
 
 int main(int argc, char** argv) {
-  // OpenMP's threads wait as the server has them wait. They read this when they are loaded, before main.
-  if (std::getenv("OMP_WAIT_POLICY") == nullptr && std::getenv("GOMP_SPINCOUNT") == nullptr) {
-    setenv("GOMP_SPINCOUNT", "1000", 1);
-    execv("/proc/self/exe", argv);
-  }
+  deltanet::SpinBriefly(argv);  // As the server does.
   std::vector<std::unique_ptr<deltanet::Subject>> subjects;
   deltanet::RegisterAll(&subjects);
   benchmark::Initialize(&argc, argv);
