@@ -589,33 +589,6 @@ TEST_P(CudaElementwiseTest, ExtremesAndNonFiniteValues) {
 
 INSTANTIATE_TEST_SUITE_P(DTypes, CudaElementwiseTest, BothDTypes(), DTypeParamName);
 
-class CudaEmbedTest : public CudaTest {};
-
-TEST_P(CudaEmbedTest, CopiesRowsOfTheTable) {
-  for (const int64_t width : kWidths) {
-    const std::vector<float> table = RandomNormal(11 * width, 12);
-    const std::vector<int64_t> ids = {10, 0, 3, 3};
-    Guarded out(4 * width);
-    Ragged ragged;
-    ragged.Add(4, 0, 0);
-    Mirror mirror;
-    ASSERT_TRUE(Embed(mirror.Rows(ragged),
-                      {.width = width,
-                       .ids = mirror.Copy(ids),
-                       .table = mirror.Copy(table),
-                       .out = mirror.Map(&out)},
-                      mirror.context())
-                    .ok());
-    mirror.Finish();
-    for (int64_t n = 0; n < 4; ++n) {
-      EXPECT_TRUE(SameBits(out.data() + n * width, table.data() + ids[n] * width, width));
-    }
-    EXPECT_TRUE(out.GuardsIntact());
-  }
-}
-
-INSTANTIATE_TEST_SUITE_P(DTypes, CudaEmbedTest, testing::Values(DType::kFloat32), DTypeParamName);
-
 // What the doors promise of a device without touching it: these need no GPU.
 TEST(CudaOpsContractTest, RefuseWhatTheyCannotDo) {
   const RaggedRows none;

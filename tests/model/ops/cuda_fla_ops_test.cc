@@ -1,0 +1,189 @@
+// The operators of `delta_net` on a GPU: each through its door, on device memory, in float32 and bfloat16,
+// against float64.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "gtest/gtest.h"
+#include "model/ops/carry.h"
+#include "model/ops/elementwise.h"
+#include "model/ops/rms_norm.h"
+#include "model/ops/short_conv.h"
+#include "tests/model/ops/carry_problem.h"
+#include "tests/model/ops/cuda_test_util.h"
+#include "tests/model/ops/norm_elementwise_problem.h"
+#include "tests/model/ops/op_test_util.h"
+#include "tests/model/ops/short_conv_problem.h"
+
+namespace deltanet {
+namespace {
+
+const int64_t kWidths[] = {1, 3, 16, 17, 64, 100, 256, 1025};
+
+class CudaShortConvTest : public CudaTest {};
+
+TEST_P(CudaShortConvTest, MatchesTheReferenceHoweverItIsCut) {
+  for (const bool aligned : {false, true}) {
+    ForEachShortConvMixer([&](const ShortConvMixer& mixer) {
+      const ShortConvProblem problem(mixer, dtype());
+      CheckShortConv(problem, [&](ShortConvStep* step) {
+        Mirror mirror(aligned);
+        ShortConvQkvArgs args = step->Args();
+        args.z = mirror.Copy(step->z, dtype());
+        args.weight = mirror.Copy(problem.weight);
+        if (args.bias != nullptr) args.bias = mirror.Copy(problem.bias);
+        args.tail.pool = mirror.Map(&step->pool);
+        args.out = mirror.Map(&step->out, dtype());
+        const absl::Status status = ShortConvQkv(mirror.Rows(step->ragged), args, mirror.context());
+        ASSERT_TRUE(status.ok()) << status;
+        mirror.Finish();
+      });
+    });
+  }
+}
+
+TEST_P(CudaShortConvTest, ZeroKeysStayZeroAndExtremesAreRight) {
+  const float inf = std::numeric_limits<float>::infinity();
+  Ragged ragged;
+  ragged.Add(1, -1, 0, true);
+  const auto run = [&](QkActivation activation, QkNorm norm, float a, float b) {
+    Guarded out(6);
+    Mirror mirror;
+    EXPECT_TRUE(ShortConvQkv(mirror.Rows(ragged),
+                             {.heads = 1,
+                              .key_dim = 2,
+                              .value_dim = 1,
+                              .activation = activation,
+                              .norm = norm,
+                              .taps = 0,
+                              .dtype = dtype(),
+                              .z = mirror.Copy(std::vector<float>{a, b, a, b, 0, 0}, dtype()),
+                              .z_stride = 6,
+                              .out = mirror.Map(&out, dtype()),
+                              .out_stride = 6},
+                             mirror.context())
+                    .ok());
+    mirror.Finish();
+    EXPECT_TRUE(SameBits(out.data(), out.data() + 2, 2));
+    EXPECT_TRUE(out.GuardsIntact());
+    return std::vector<float>{out[0], out[1]};
+  };
+  using Two = std::vector<float>;
+  EXPECT_EQ(run(QkActivation::kRelu, QkNorm::kL2, -1, -2), (Two{0, 0}));
+  EXPECT_EQ(run(QkActivation::kSilu, QkNorm::kL2, 0, 0), (Two{0, 0}));
+  EXPECT_EQ(run(QkActivation::kEluPlusOne, QkNorm::kSum, -1e4f, 0), (Two{0, 1}));
+  EXPECT_EQ(run(QkActivation::kEluPlusOne, QkNorm::kSum, -inf, 2), (Two{0, 1}));
+  EXPECT_EQ(run(QkActivation::kEluPlusOne, QkNorm::kSum, 100, 100), (Two{0.5f, 0.5f}));
+  EXPECT_EQ(run(QkActivation::kIdentity, QkNorm::kSum, 3, -2), (Two{3, -2}));
+  for (const QkActivation activation :
+       {QkActivation::kSilu, QkActivation::kRelu, QkActivation::kEluPlusOne, QkActivation::kIdentity}) {
+    for (const QkNorm norm : {QkNorm::kL2, QkNorm::kSum}) {
+      const Two got = run(activation, norm, 1, kNaN);
+      EXPECT_TRUE(std::isnan(got[0]) && std::isnan(got[1])) << static_cast<int>(activation);
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(DTypes, CudaShortConvTest, BothDTypes(), DTypeParamName);
+
+class CudaSiluGateTest : public CudaTest {};
+
+TEST_P(CudaSiluGateTest, MatchesTheReference) {
+  for (const int64_t width : kWidths) {
+    for (const bool aligned : {false, true}) {
+      SiluGateProblem problem(width, dtype());
+      Mirror mirror(aligned);
+      SiluGateArgs args = problem.Args();
+      args.gate = mirror.Copy(problem.gate, dtype());
+      args.x = mirror.Map(&problem.x, dtype());
+      const absl::Status status = SiluGate(args, mirror.context());
+      ASSERT_TRUE(status.ok()) << status;
+      mirror.Finish();
+      problem.Compare();
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(DTypes, CudaSiluGateTest, BothDTypes(), DTypeParamName);
+
+class CudaEmbedTest : public CudaTest {};
+
+TEST_P(CudaEmbedTest, CopiesRowsOfTheTableThatIdsOrSlotsName) {
+  for (const int64_t width : kWidths) {
+    for (const bool aligned : {false, true}) {
+      EmbedProblem problem(width, dtype());
+      Mirror mirror(aligned);
+      EmbedArgs args = problem.Args();
+      args.ids = mirror.Copy(problem.ids);
+      args.sampled.pool = const_cast<float*>(mirror.Copy(problem.pool));
+      args.table = mirror.Copy(problem.table, dtype());
+      args.out = mirror.Map(&problem.out);
+      const absl::Status status = Embed(mirror.Rows(problem.ragged), args, mirror.context());
+      ASSERT_TRUE(status.ok()) << status;
+      mirror.Finish();
+      problem.Compare();
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(DTypes, CudaEmbedTest, BothDTypes(), DTypeParamName);
+
+class CudaCarryTest : public CudaTest {};
+
+TEST_P(CudaCarryTest, HandsOnTheLastTokenAndWhatWasCarriedBefore) {
+  for (const int64_t width : kWidths) {
+    SCOPED_TRACE(width);
+    CarryProblem problem(width);
+    Mirror mirror(/*aligned=*/width % 16 == 0);
+    CarryArgs args = problem.Args();
+    args.x = mirror.Map(&problem.x);
+    args.carried.pool = mirror.Map(&problem.pool);
+    const absl::Status status = Carry(mirror.Rows(problem.ragged), args, mirror.context());
+    ASSERT_TRUE(status.ok()) << status;
+    mirror.Finish();
+    problem.Compare();
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(DTypes, CudaCarryTest, testing::Values(DType::kFloat32), DTypeParamName);
+
+// What the doors promise of a device without touching it: these need no GPU.
+TEST(CudaFlaOpsContractTest, RefuseWhatTheyCannotDo) {
+  const RaggedRows none;
+  const auto refused = absl::StatusCode::kInvalidArgument;
+  const DType half = DType::kFloat16;
+  EXPECT_EQ(
+      ShortConvQkv(none,
+                   {.heads = 1, .key_dim = 2, .value_dim = 3, .dtype = half, .z_stride = 8, .out_stride = 8},
+                   CudaContext())
+          .code(),
+      refused);
+  EXPECT_EQ(ShortConvQkv(none, {.heads = 0}, CudaContext()).code(), refused);
+  EXPECT_EQ(SiluGate({.rows = 0, .width = 1, .dtype = half, .gate_stride = 1}, CudaContext()).code(),
+            refused);
+  EXPECT_EQ(SiluGate({.rows = 0, .width = 2, .gate_stride = 1}, CudaContext()).code(), refused);
+  EXPECT_EQ(Carry(none, {.width = 0}, CudaContext()).code(), refused);
+}
+
+TEST(CudaFlaOpsContractTest, NothingToDoIsDone) {
+  const RaggedRows none;
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    EXPECT_TRUE(ShortConvQkv(none,
+                             {.heads = 1,
+                              .key_dim = 2,
+                              .value_dim = 3,
+                              .dtype = dtype,
+                              .z_stride = 8,
+                              .out_stride = 8},
+                             CudaContext())
+                    .ok());
+    EXPECT_TRUE(SiluGate({.rows = 0, .width = 1, .dtype = dtype, .gate_stride = 1}, CudaContext()).ok());
+    EXPECT_TRUE(Embed(none, {.width = 1, .dtype = dtype}, CudaContext()).ok());
+  }
+  EXPECT_TRUE(Carry(none, {.width = 1}, CudaContext()).ok());
+}
+
+}  // namespace
+}  // namespace deltanet
