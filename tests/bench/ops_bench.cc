@@ -14,6 +14,7 @@
 #include "model/ops/delta_rule.h"
 #include "model/ops/elementwise.h"
 #include "model/ops/rms_norm.h"
+#include "model/ops/short_conv.h"
 
 namespace deltanet {
 namespace {
@@ -177,6 +178,30 @@ void ConvQkvActivationBench(benchmark::State& state, const CpuKernels* kernels, 
   Report(state, 0, 8.0 * static_cast<double>(N * width));
 }
 
+// R rows of T tokens, H heads of size K = V, four taps.
+void ShortConvQkvBench(benchmark::State& state, const CpuKernels* kernels) {
+  SetCpuKernelsForTesting(kernels);
+  const int64_t R = state.range(0), T = state.range(1), H = state.range(2), K = state.range(3), N = R * T;
+  const Rows rows(R, T);
+  const int64_t qkv = 3 * H * K, width = qkv + H;
+  const std::vector<float> z = Random(N * width), weight = Random(4 * qkv);
+  std::vector<float> pool(2 * R * 3 * qkv), out(N * width);
+  const ShortConvQkvArgs args{.heads = H,
+                              .key_dim = K,
+                              .value_dim = K,
+                              .z = z.data(),
+                              .z_stride = width,
+                              .weight = weight.data(),
+                              .tail = {.pool = pool.data(), .slot_stride = 3 * qkv, .offset = 0},
+                              .out = out.data(),
+                              .out_stride = width};
+  for (auto _ : state) {
+    Check(ShortConvQkv(rows.rows(), args, OneCore()));
+    benchmark::ClobberMemory();
+  }
+  Report(state, 8.0 * static_cast<double>(N * qkv), 8.0 * static_cast<double>(N * width + R * 3 * qkv));
+}
+
 void RegisterAll() {
   for (CpuIsa isa : {CpuIsa::kGeneric, CpuIsa::kAvx2, CpuIsa::kAvx512}) {
     const CpuKernels* const kernels = CpuKernelsFor(isa);
@@ -205,6 +230,10 @@ void RegisterAll() {
         ->ArgNames({"N", "H", "K"})
         ->Args({1, 8, 16})
         ->Args({1024, 8, 16});
+    benchmark::RegisterBenchmark(name("ShortConvQkv").c_str(), ShortConvQkvBench, kernels)
+        ->ArgNames({"R", "T", "H", "K"})
+        ->ArgsProduct({{1, 16}, {1}, {16}, {128}})
+        ->ArgsProduct({{1}, {512}, {16}, {64, 128}});
   }
 }
 
