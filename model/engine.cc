@@ -925,7 +925,7 @@ absl::StatusOr<std::unique_ptr<Engine>> LoadEngine(const std::string& directory,
   }
   return CatchTorch(absl::StrCat("loading ", directory), [&]() -> absl::StatusOr<std::unique_ptr<Engine>> {
     SetTorchThreads(options.cpu_threads);
-    ASSIGN_OR_RETURN(Weights weights, LoadWeights(config, checkpoint, options.device, options.dtype));
+    ASSIGN_OR_RETURN(Weights weights, LoadWeights(config, checkpoint, options.device, options.dtype, [](int64_t, int64_t) {}));
     auto engine = std::make_unique<Engine>(std::move(weights), options);
     RETURN_IF_ERROR(engine->WarmUp());
     return engine;

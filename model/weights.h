@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/statusor.h"
 #include "model/base/checkpoint.h"
 #include "model/base/config.h"
@@ -82,11 +83,16 @@ struct Weights {
   DeviceBuffer arena;                 // Owns all of the above.
 };
 
+// Told of each piece of the checkpoint that has been read: bytes so far, and of all tensors together.
+using LoadObserver = absl::FunctionRef<void(int64_t bytes, int64_t total_bytes)>;
+
 // Loads the tensors of `config` (resolved, tensors checked) from `file` and composes each convolution of the
 // README families with its linear layer, in float64; matrices are rounded to `dtype` (float32 or bfloat16)
-// once, at the end. DATA_LOSS if a file cannot be read. Throws what LibTorch throws.
+// once, at the end. What is as it is in the file is read straight to its place, or through a few pinned
+// pieces. INVALID_ARGUMENT if a tied head is in the file and differs from the embedding; DATA_LOSS if a file
+// cannot be read. Throws what LibTorch throws.
 absl::StatusOr<Weights> LoadWeights(const ModelConfig& config, const Checkpoint& file, const Device& device,
-                                    DType dtype);
+                                    DType dtype, LoadObserver observer);
 
 }  // namespace deltanet
 

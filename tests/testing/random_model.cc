@@ -24,7 +24,7 @@ std::string WriteRandomModel(const ModelConfig& config, uint64_t seed, DType dty
   std::vector<std::pair<std::string, TensorView>> tensors;
   for (const TensorSpec& spec : ExpectedTensors(config)) {
     const int64_t count = NumElements(spec.shape);
-    const bool is_scale = spec.name.ends_with("scale");
+    const bool is_scale = spec.name.ends_with("scale") || spec.name.ends_with("norm.weight");
     const double fan_in = spec.shape.size() > 1 ? static_cast<double>(count) / spec.shape[0] : 16;
     const double bound = is_scale ? 0.2 : gain / std::sqrt(fan_in);
     std::uniform_real_distribution<float> uniform(-bound, bound);
