@@ -126,8 +126,9 @@ GoldenCase ReadGolden(const std::string& directory) {
   GoldenCase golden;
   auto file = SafetensorsReader::Open(directory + "/golden.safetensors");
   EXPECT_TRUE(file.ok()) << file.status();
-  const SafetensorsEntry& input = **file->Find("input");
-  const SafetensorsEntry& output = **file->Find("output");
+  const bool fla = file->entries().count("input_ids") != 0;
+  const SafetensorsEntry& input = **file->Find(fla ? "input_ids" : "input");
+  const SafetensorsEntry& output = **file->Find(fla ? "logits" : "output");
   golden.batch = input.shape[0];
   golden.tokens = input.shape[1];
   golden.input.resize(input.bytes);
@@ -136,6 +137,21 @@ GoldenCase ReadGolden(const std::string& directory) {
   EXPECT_TRUE(file->Read(output, values.data()).ok());
   golden.output.assign(values.begin(), values.end());
   return golden;
+}
+
+// The int64 ids or the float32 values at `from`.
+void ToDoubles(const char* from, bool ids, std::vector<double>* values) {
+  for (size_t i = 0; i < values->size(); ++i) {
+    if (ids) {
+      int64_t id;
+      std::memcpy(&id, from + i * 8, 8);
+      (*values)[i] = static_cast<double>(id);
+    } else {
+      float value;
+      std::memcpy(&value, from + i * 4, 4);
+      (*values)[i] = value;
+    }
+  }
 }
 
 class GoldenTest : public testing::TestWithParam<std::tuple<std::string, Mode>> {
@@ -184,17 +200,8 @@ class GoldenTest : public testing::TestWithParam<std::tuple<std::string, Mode>> 
     double largest = 0;
     for (int64_t b = 0; b < golden_.batch; ++b) {
       std::vector<double> input(values);
-      for (int64_t i = 0; i < values; ++i) {
-        if (model_->description().takes_tokens) {
-          int64_t id;
-          std::memcpy(&id, golden_.input.data() + (b * values + i) * 8, 8);
-          input[i] = static_cast<double>(id);
-        } else {
-          float value;
-          std::memcpy(&value, golden_.input.data() + (b * values + i) * 4, 4);
-          input[i] = value;
-        }
-      }
+      const bool ids = model_->description().takes_tokens;
+      ToDoubles(golden_.input.data() + b * values * (ids ? 8 : 4), ids, &input);
       const std::vector<double> output = plain.Forward(input);
       const std::vector<float> rounded(output.begin(), output.end());
       largest = std::max(largest, LargestError(rounded.data(), &golden_.output[b * count], count));
@@ -250,14 +257,33 @@ TEST_P(GoldenTest, InterleavedInRandomOrder) {
   ExpectGolden();
 }
 
-INSTANTIATE_TEST_SUITE_P(Families, GoldenTest,
-                         testing::Combine(testing::Values("transformer_deltanet",
-                                                          "transformer_deltanet_causal", "transformer_block",
-                                                          "deltanet_model", "deltanet_model_causal"),
-                                          testing::ValuesIn(Modes())),
-                         [](const auto& info) {
-                           return absl::StrCat(std::get<0>(info.param), "_", std::get<1>(info.param).name);
-                         });
+INSTANTIATE_TEST_SUITE_P(
+    Families, GoldenTest,
+    testing::Combine(testing::Values("transformer_deltanet", "transformer_deltanet_causal",
+                                     "transformer_block", "deltanet_model", "deltanet_model_causal",
+                                     "fla_default", "fla_head128", "fla_fused_mlp", "fla_tied"),
+                     testing::ValuesIn(Modes())),
+    [](const auto& info) {
+      return absl::StrCat(std::get<0>(info.param), "_", std::get<1>(info.param).name);
+    });
+
+// What the engine is held against where there is no golden file must agree with those that there are.
+TEST(ReferenceModelTest, AgreesWithTheGoldenFiles) {
+  for (const std::string name : {"transformer_deltanet_causal", "transformer_block", "deltanet_model",
+                                 "fla_default", "fla_head128", "fla_fused_mlp", "fla_tied"}) {
+    const std::string directory = absl::StrCat(DELTANET_TESTDATA, "/golden/", name);
+    const ReferenceModel reference(directory);
+    const GoldenCase golden = ReadGolden(directory);
+    const bool tokens = reference.config().takes_tokens();
+    std::vector<double> input(golden.input.size() / golden.batch /
+                              (tokens ? 8 : 4));  // Of the first sequence.
+    ToDoubles(golden.input.data(), tokens, &input);
+    const std::vector<double> output = reference.Forward(input);
+    const std::vector<float> rounded(output.begin(), output.end());
+    EXPECT_LE(LargestError(rounded.data(), golden.output.data(), static_cast<int64_t>(output.size())), 1e-6)
+        << name;
+  }
+}
 
 class EngineTest : public testing::TestWithParam<Mode> {
  protected:
@@ -280,10 +306,10 @@ TEST_P(EngineTest, RandomModelsAgreeWithTheFloat64Reference) {
   };
   for (int trial = 0; trial < 40; ++trial) {
     ModelConfig config;
-    config.family = static_cast<Family>(trial % 3);
+    config.family = static_cast<Family>(trial % 4);
     config.conv_padding = draw(0, 1) == 0 ? ConvPadding::kCentered : ConvPadding::kCausal;
     config.chunk_size = draw(1, 70);
-    config.num_heads = config.family == Family::kDeltaNetModel ? draw(1, 5) : 1;
+    config.num_heads = config.takes_tokens() ? draw(1, 5) : 1;
     config.d_model = config.num_heads * draw(1, config.num_heads > 1 ? 20 : 70);
     config.num_layers = config.family == Family::kTransformerBlock ? 1 : draw(1, 4);
     if (config.family == Family::kTransformerBlock) config.ff_hidden_dim = draw(1, 90);
@@ -291,6 +317,25 @@ TEST_P(EngineTest, RandomModelsAgreeWithTheFloat64Reference) {
       config.vocab_size = draw(2, 120);
       config.mlp_ratio = 0.5 * draw(2, 8);
       config.ff_hidden_dim = static_cast<int64_t>(config.d_model * config.mlp_ratio);
+    }
+    if (config.family == Family::kDeltaNet) {
+      config.vocab_size = draw(2, 120);
+      config.ff_hidden_dim = draw(1, 90);
+      config.fused_gate_up = draw(0, 1) == 0;
+      config.expand_k = static_cast<double>(draw(1, 3));
+      config.expand_v = static_cast<double>(draw(1, 3));
+      config.use_gate = draw(0, 1) == 0;
+      config.use_beta = draw(0, 3) != 0;
+      config.use_short_conv = draw(0, 3) != 0;
+      config.conv_size = draw(1, ModelConfig::kMaxConvSize);
+      config.conv_bias = config.use_short_conv && draw(0, 1) == 0;
+      config.allow_neg_eigval = draw(0, 1) == 0;
+      config.tie_word_embeddings = draw(0, 1) == 0;
+      config.norm_eps = 1e-5;
+      const char* const activations[] = {"silu", "relu", "elu", "identity"};
+      config.qk_activation = activations[draw(0, 3)];
+      // The sum of what may have either sign may be anything.
+      if (config.qk_activation == "elu" && draw(0, 1) == 0) config.qk_norm = "sum";
     }
     const DType dtype = static_cast<DType>(draw(0, 2));
     SCOPED_TRACE(absl::StrCat("trial ", trial, ": ", ModelConfigJson(config), " in ", DTypeName(dtype)));

@@ -89,8 +89,9 @@ ReferenceModel::Matrix ReferenceModel::Norm(const Matrix& x, const std::string& 
   for (size_t row = 0; row < x.size(); row += width) {
     double squares = 0;
     for (int64_t i = 0; i < width; ++i) squares += x[row + i] * x[row + i];
-    const double rms = std::sqrt(squares / width);
-    for (int64_t i = 0; i < width; ++i) y[row + i] = x[row + i] / (rms + 1e-8) * s[i];
+    const double rms = config_.family == Family::kDeltaNet ? std::sqrt(squares / width + config_.norm_eps)
+                                                           : std::sqrt(squares / width) + 1e-8;
+    for (int64_t i = 0; i < width; ++i) y[row + i] = x[row + i] / rms * s[i];
   }
   return Round(std::move(y));
 }
@@ -117,26 +118,123 @@ ReferenceModel::Matrix ReferenceModel::Mixer(const Matrix& x, const std::string&
     qkv[name] = Round(std::move(y));
   }
   const Matrix beta = Linear(x, d, prefix + "beta_linear.weight", prefix + "beta_linear.bias");  // [T, H]
-  Matrix mixed(tokens * d);
-  for (int64_t h = 0; h < heads; ++h) {
-    std::map<std::string, Matrix> head;
-    for (const auto& [name, all] : qkv) {
-      for (int64_t t = 0; t < tokens; ++t) {
-        head[name].insert(head[name].end(), &all[t * d + h * width], &all[t * d + h * width] + width);
-      }
-    }
-    Matrix head_beta(tokens), state(width * width), out(tokens * width);
-    for (int64_t t = 0; t < tokens; ++t) head_beta[t] = Sigmoid(beta[t * heads + h]);
-    head_beta = Round(std::move(head_beta));
-    DeltaRuleReference<double>(tokens, width, width, head["q"].data(), head["k"].data(), head["v"].data(),
-                               head_beta.data(), 1.0, state.data(), out.data());
-    for (int64_t t = 0; t < tokens; ++t) {
-      for (int64_t i = 0; i < width; ++i) mixed[t * d + h * width + i] = out[t * width + i];
-    }
-  }
-  mixed = Round(std::move(mixed));
+  Matrix rounded(beta);
+  for (double& value : rounded) value = Sigmoid(value);
+  rounded = Round(std::move(rounded));
+  const Matrix mixed = DeltaRule(qkv["q"], qkv["k"], qkv["v"], rounded, 1.0);
   return Linear(Norm(mixed, prefix + "rms_norm.scale"), d, prefix + "output_linear.weight",
                 prefix + "output_linear.bias");
+}
+
+ReferenceModel::Matrix ReferenceModel::DeltaRule(const Matrix& q, const Matrix& k, const Matrix& v,
+                                                 const Matrix& beta, double scale) const {
+  const int64_t heads = config_.num_heads;
+  const int64_t tokens = static_cast<int64_t>(beta.size()) / heads;
+  const int64_t key_dim = static_cast<int64_t>(q.size()) / (tokens * heads);
+  const int64_t value_dim = static_cast<int64_t>(v.size()) / (tokens * heads);
+  const auto head_of = [&](const Matrix& all, int64_t head, int64_t width) {
+    Matrix one;
+    for (int64_t t = 0; t < tokens; ++t) {
+      const double* row = &all[(t * heads + head) * width];
+      one.insert(one.end(), row, row + width);
+    }
+    return one;
+  };
+  Matrix mixed(v.size());
+  for (int64_t h = 0; h < heads; ++h) {
+    Matrix state(key_dim * value_dim), out(tokens * value_dim);
+    DeltaRuleReference<double>(tokens, key_dim, value_dim, head_of(q, h, key_dim).data(),
+                               head_of(k, h, key_dim).data(), head_of(v, h, value_dim).data(),
+                               head_of(beta, h, 1).data(), scale, state.data(), out.data());
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t i = 0; i < value_dim; ++i) mixed[(t * heads + h) * value_dim + i] = out[t * value_dim + i];
+    }
+  }
+  return Round(std::move(mixed));
+}
+
+// Depthwise, causal.
+ReferenceModel::Matrix ReferenceModel::ShortConv(const Matrix& x, const std::string& name,
+                                                 int64_t channels) const {
+  if (!config_.use_short_conv) return x;
+  const int64_t taps = config_.conv_size;
+  const int64_t tokens = static_cast<int64_t>(x.size()) / channels;
+  const Matrix& w = Tensor(name + ".weight");  // [C, 1, taps]
+  Matrix y(x.size());
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t c = 0; c < channels; ++c) {
+      double sum = config_.conv_bias ? Tensor(name + ".bias")[c] : 0;
+      for (int64_t j = 0; j < taps; ++j) {
+        const int64_t from = t - (taps - 1) + j;
+        if (from >= 0) sum += w[c * taps + j] * x[from * channels + c];
+      }
+      y[t * channels + c] = sum;
+    }
+  }
+  return Round(std::move(y));
+}
+
+// A head's q or k, `width` wide, activated and normed.
+ReferenceModel::Matrix ReferenceModel::QkNormed(Matrix x, int64_t width) const {
+  for (double& value : x) {
+    if (config_.qk_activation == "silu") value = Silu(value);
+    if (config_.qk_activation == "relu") value = std::max(value, 0.0);
+    if (config_.qk_activation == "elu") value = value > 0 ? value + 1 : std::exp(value);
+  }
+  x = Round(std::move(x));
+  for (size_t row = 0; row < x.size(); row += width) {
+    double sum = 0, squares = 0;
+    for (int64_t i = 0; i < width; ++i) {
+      sum += x[row + i];
+      squares += x[row + i] * x[row + i];
+    }
+    const double norm = config_.qk_norm == "sum" ? sum : std::sqrt(squares + 1e-6);
+    for (int64_t i = 0; i < width; ++i) x[row + i] /= norm;
+  }
+  return Round(std::move(x));
+}
+
+ReferenceModel::Matrix ReferenceModel::DeltaNetMixer(const Matrix& x, const std::string& prefix) const {
+  const int64_t d = config_.d_model;
+  const int64_t heads = config_.num_heads;
+  const int64_t tokens = static_cast<int64_t>(x.size()) / d;
+  const int64_t key_width = config_.key_width(), value_width = config_.value_width();
+  const int64_t key_dim = key_width / heads;
+  const auto front = [&](const std::string& name, int64_t width) {
+    return ShortConv(Linear(x, d, prefix + name + "_proj.weight", ""), prefix + name + "_conv1d", width);
+  };
+  const Matrix q = QkNormed(front("q", key_width), key_dim);
+  const Matrix k = QkNormed(front("k", key_width), key_dim);
+  Matrix v = front("v", value_width);
+  for (double& value : v) value = Silu(value);
+  v = Round(std::move(v));
+  Matrix beta(tokens * heads, 1.0);
+  if (config_.use_beta) {
+    beta = Linear(x, d, prefix + "b_proj.weight", "");
+    for (double& value : beta) value = Sigmoid(value);
+  }
+  if (config_.allow_neg_eigval) {
+    for (double& value : beta) value *= 2;
+  }
+  beta = Round(std::move(beta));
+  Matrix mixed =
+      Norm(DeltaRule(q, k, v, beta, 1 / std::sqrt(static_cast<double>(key_dim))), prefix + "o_norm.weight");
+  if (config_.use_gate) {
+    const Matrix gate = Linear(x, d, prefix + "g_proj.weight", "");
+    for (size_t i = 0; i < mixed.size(); ++i) mixed[i] *= Silu(gate[i]);
+    mixed = Round(std::move(mixed));
+  }
+  return Linear(mixed, value_width, prefix + "o_proj.weight", "");
+}
+
+ReferenceModel::Matrix ReferenceModel::Embedded(const Matrix& ids, const std::string& table) const {
+  const int64_t d = config_.d_model;
+  Matrix x;
+  for (const double id : ids) {
+    const double* row = &Tensor(table)[static_cast<int64_t>(id) * d];
+    x.insert(x.end(), row, row + d);
+  }
+  return x;
 }
 
 std::vector<double> ReferenceModel::Forward(const std::vector<double>& input) const {
@@ -163,12 +261,7 @@ std::vector<double> ReferenceModel::Forward(const std::vector<double>& input) co
       return Norm(x, "norm2.scale");
     }
     case Family::kDeltaNetModel: {
-      const Matrix& table = Tensor("embedding.weight");
-      x.clear();
-      for (const double id : input) {
-        const double* row = &table[static_cast<int64_t>(id) * d];
-        x.insert(x.end(), row, row + d);
-      }
+      x = Embedded(input, "embedding.weight");
       for (int64_t l = 0; l < config_.num_layers; ++l) {
         const std::string prefix = absl::StrCat("layers.", l, ".");
         add(&x, Mixer(Norm(x, prefix + "norm1.scale"), prefix + "delta_net."));
@@ -179,6 +272,27 @@ std::vector<double> ReferenceModel::Forward(const std::vector<double>& input) co
         add(&x, Linear(Round(first), config_.ff_hidden_dim, prefix + "mlp.w3.weight", ""));
       }
       return Linear(Norm(x, "norm_f.scale"), d, "head.weight", "");
+    }
+    case Family::kDeltaNet: {
+      x = Embedded(input, "model.embeddings.weight");
+      const int64_t f = config_.ff_hidden_dim;
+      for (int64_t l = 0; l < config_.num_layers; ++l) {
+        const std::string prefix = absl::StrCat("model.layers.", l, ".");
+        add(&x, DeltaNetMixer(Norm(x, prefix + "attn_norm.weight"), prefix + "attn."));
+        const Matrix y = Norm(x, prefix + "mlp_norm.weight");
+        const Matrix gate = Linear(y, d, prefix + "mlp.gate_proj.weight", "");  // Fused: up after it.
+        const Matrix up = config_.fused_gate_up ? Matrix() : Linear(y, d, prefix + "mlp.up_proj.weight", "");
+        Matrix gated;
+        for (size_t row = 0; row < y.size() / d; ++row) {
+          for (int64_t i = 0; i < f; ++i) {
+            gated.push_back(config_.fused_gate_up ? Silu(gate[row * 2 * f + i]) * gate[row * 2 * f + f + i]
+                                                  : Silu(gate[row * f + i]) * up[row * f + i]);
+          }
+        }
+        add(&x, Linear(Round(gated), f, prefix + "mlp.down_proj.weight", ""));
+      }
+      return Linear(Norm(x, "model.norm.weight"), d,
+                    config_.tie_word_embeddings ? "model.embeddings.weight" : "lm_head.weight", "");
     }
   }
   return {};

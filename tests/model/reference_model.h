@@ -1,6 +1,5 @@
-// The README families in float64, written as the author's equations read: linear layers, convolutions, norms,
-// then the delta rule token by token. Nothing is composed, batched or cut; what the engine is measured
-// against.
+// Every family in float64, written as its author's equations read: linear layers, convolutions, norms, then
+// the delta rule token by token. Nothing is composed, batched or cut; what the engine is measured against.
 #ifndef DELTANET_TESTS_MODEL_REFERENCE_MODEL_H_
 #define DELTANET_TESTS_MODEL_REFERENCE_MODEL_H_
 
@@ -24,7 +23,7 @@ class ReferenceModel {
 
   const ModelConfig& config() const { return config_; }
 
-  // One whole sequence: values [T, d] (or ids [T] as doubles for deltanet_model) to [T, output width].
+  // One whole sequence: values [T, d] (or ids [T] as doubles in models over tokens) to [T, output width].
   std::vector<double> Forward(const std::vector<double>& input) const;
 
  private:
@@ -37,6 +36,14 @@ class ReferenceModel {
   Matrix Conv(const Matrix& x, const std::string& name) const;
   Matrix Norm(const Matrix& x, const std::string& scale) const;
   Matrix Mixer(const Matrix& x, const std::string& prefix) const;
+  // delta_net's.
+  Matrix ShortConv(const Matrix& x, const std::string& name, int64_t channels) const;
+  Matrix QkNormed(Matrix x, int64_t width) const;
+  Matrix DeltaNetMixer(const Matrix& x, const std::string& prefix) const;
+  // S of each head run over q, k [T, H*K], v [T, H*V] and beta [T, H], all as they enter the rule: [T, H*V].
+  Matrix DeltaRule(const Matrix& q, const Matrix& k, const Matrix& v, const Matrix& beta, double scale) const;
+  // The rows of `table` that `ids` name.
+  Matrix Embedded(const Matrix& ids, const std::string& table) const;
 
   const Rounding rounding_;
   ModelConfig config_;
