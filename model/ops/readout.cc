@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -24,7 +25,7 @@ namespace {
 // Below this many logits (some 10 us), waking another thread costs more than it saves.
 constexpr int64_t kMinElements = int64_t{1} << 14;
 // Logits whose exponentials are summed in float32; the sums of blocks are added in float64.
-constexpr int64_t kBlock = 1024;
+constexpr int64_t kBlock = 512;
 // Leading bits of a rank's upper word (a sign, an exponent and two more), of which each has a bin.
 constexpr int kBinBits = 11;
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
@@ -48,7 +49,7 @@ class FiniteRow {
 
   // The `top` most likely ids, most likely first; 1 <= top <= W.
   void Top(int64_t top, int32_t* ids, float* log_probs) {
-    const Rank edge = Edge(nullptr, static_cast<double>(top));
+    const Rank edge = Edge(nullptr, 0, top);
     std::vector<Rank>& ranks = scratch_.ranks;
     ranks.clear();
     const float bar = x_[IdOf(edge)];
@@ -83,13 +84,15 @@ class FiniteRow {
 
   Rank RankAt(int64_t id) const { return RankOf(x_[id], static_cast<uint32_t>(id)); }
 
-  // The rank of the id with which the values (of all ids; null: 1 each), summed in the order of ranks, reach
-  // `enough`, which is more than 0 and less than the sum of all by more than a rounding, or a whole number.
-  Rank Edge(const float* values, double enough) {
+  // The rank of the id with which the values, summed in the order of ranks, reach `part` of their sum;
+  // without values, of the count-th id. 0 < part < 1; 1 <= count <= W.
+  Rank Edge(const float* values, double part, int64_t count) {
     constexpr int kShift = 64 - kBinBits;
     std::vector<double>& bins = scratch_.bins;
     bins.assign(size_t{1} << kBinBits, 0.0);
     for (int64_t i = 0; i < W_; ++i) bins[RankAt(i) >> kShift] += values != nullptr ? values[i] : 1.0;
+    const double enough = values != nullptr ? part * std::accumulate(bins.begin(), bins.end(), 0.0)
+                                            : static_cast<double>(count);
     Rank bin = 0;
     double before = 0;
     while (bin + 1 < bins.size() && before + bins[bin] < enough) before += bins[bin++];
@@ -116,54 +119,76 @@ class FiniteRow {
     return ranks[under];
   }
 
-  // Makes the terms of all ids beyond `edge` zero; the sum of the others.
-  double CutTerms(Rank edge) {
+  // Makes the terms of all ids beyond `edge` zero.
+  void CutTerms(Rank edge) {
     const float bar = x_[IdOf(edge)];
-    double sum = 0;
-    for (int64_t i = 0; i < W_; ++i) {
-      if (x_[i] > bar || (x_[i] == bar && i <= IdOf(edge))) {
-        sum += scratch_.terms[i];
-      } else {
-        scratch_.terms[i] = 0;
-      }
+    const int32_t last = IdOf(edge);
+    float* const terms = scratch_.terms.data();
+    for (int32_t i = 0; i < W_; ++i) {
+      const bool kept = (x_[i] > bar) | ((x_[i] == bar) & (i <= last));
+      terms[i] = kept ? terms[i] : 0.0f;
     }
-    return sum;
+  }
+
+  int32_t SampleOfAll(float inverse, double u) const {
+    float terms[kBlock];
+    return FirstPast(u * (inverse == 1 ? sum_ : Sum(inverse, nullptr)), [&](int64_t begin, int64_t width) {
+      return Block{terms, kernels_.sum_of_exp(width, x_ + begin, max_, inverse, terms)};
+    });
   }
 
   int32_t SampleOfSome(const ReadoutRequest& request, bool of_k, bool of_p, float inverse, double u) {
     scratch_.terms.resize(W_);
-    float* const terms = scratch_.terms.data();
-    double sum = Sum(inverse, terms);
-    if (of_k) sum = CutTerms(Edge(nullptr, request.top_k));
-    if (of_p) sum = CutTerms(Edge(terms, request.top_p * sum));
-    return FirstPast(terms, 0, W_, 0, u * sum);
+    const float* const terms = scratch_.terms.data();
+    Sum(inverse, scratch_.terms.data());
+    if (of_k) CutTerms(Edge(nullptr, 0, request.top_k));
+    if (of_p) CutTerms(Edge(terms, request.top_p, 0));
+    const auto block = [&](int64_t begin, int64_t width) {
+      return Block{terms + begin, SumOf(terms + begin, width)};
+    };
+    double sum = 0;
+    for (int64_t i = 0; i < W_; i += kBlock) sum += block(i, std::min(kBlock, W_ - i)).sum;
+    return FirstPast(u * sum, block);
   }
 
-  // Finds the block in which the sum passes, and the id there.
-  int32_t SampleOfAll(float inverse, double u) const {
-    const double pass = u * (inverse == 1 ? sum_ : Sum(inverse, nullptr));
+  // Terms that follow each other, and their sum.
+  struct Block {
+    const float* terms;
+    double sum;
+  };
+
+  static double SumOf(const float* terms, int64_t width) {
+    double sums[4] = {};  // No addition waits for the one before.
+    int64_t i = 0;
+    for (; i + 4 <= width; i += 4) {
+      for (int64_t j = 0; j < 4; ++j) sums[j] += terms[i + j];
+    }
+    for (; i < width; ++i) sums[0] += terms[i];
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  }
+
+  // The first id with whose term the sum exceeds `pass`, which is less than the sum of all; block_at(first
+  // id, width) is the Block of at most kBlock terms there.
+  template <typename BlockAt>
+  int32_t FirstPast(double pass, BlockAt block_at) const {
     double before = 0;
-    for (int64_t i = 0; i < W_; i += kBlock) {
-      const int64_t width = std::min(kBlock, W_ - i);
-      float terms[kBlock];
-      const double sum = kernels_.sum_of_exp(width, x_ + i, max_, inverse, terms);
-      if (before + sum > pass) return FirstPast(terms, i, width, before, pass);
-      before += sum;
+    for (int64_t begin = 0; begin < W_; begin += kBlock) {
+      const int64_t width = std::min(kBlock, W_ - begin);
+      const Block block = block_at(begin, width);
+      if (before + block.sum <= pass) {
+        before += block.sum;
+        continue;
+      }
+      int64_t i = 0;
+      for (; i < width; ++i) {
+        before += block.terms[i];
+        if (before > pass) break;
+      }
+      if (i == width) --i;  // The block's sum was larger by a rounding: the last that has a term.
+      while (i > 0 && block.terms[i] == 0) --i;
+      return static_cast<int32_t>(begin + i);
     }
-    return 0;  // Not reached: the sum of all is larger than `pass`.
-  }
-
-  // The first id from `id` on, of `width`, with whose term the sum exceeds `pass`; the last that has a term,
-  // should the sum have been larger by a rounding.
-  static int32_t FirstPast(const float* terms, int64_t id, int64_t width, double sum, double pass) {
-    int64_t found = 0;
-    for (int64_t i = 0; i < width; ++i) {
-      if (terms[i] == 0) continue;
-      found = i;
-      sum += terms[i];
-      if (sum > pass) break;
-    }
-    return static_cast<int32_t>(id + found);
+    return 0;  // Not reached.
   }
 
   const CpuKernels& kernels_;

@@ -37,7 +37,7 @@ struct ReadoutRequest {
   int32_t top = 0;            // 0 ... kMaxTopTokens
   int32_t sample = 0;         // 1: sample an id. Ignored where there is a target.
   int32_t sampled_slot = -1;  // Slot in whose ReadoutArgs::sampled the sampled id is left too; -1: none.
-  float temperature = 0.0f;   // At least 0.
+  float temperature = 0.0f;   // At least 0, finite; from 0 to 1e-37 all are about 1e-37.
   int32_t top_k = 0;          // 0: all.
   float top_p = 1.0f;         // In (0, 1]; 1: all.
   int32_t unused = 0;

@@ -570,8 +570,10 @@ void SiluGate(int64_t width, const float* gate, float* x) {
 
 // ---- Readout.
 
+// Sums or maxima in the making: no step waits for the one before, and of a sum each adds up a quarter.
+constexpr int kChains = 4;
+
 float Largest(int64_t width, const float* x) {
-  constexpr int kChains = 4;  // So that no comparison waits for the one before.
   Vec max[kChains], check = {};
   for (Vec& m : max) m = Broadcast(x[0]);
   int64_t j = 0;
@@ -594,19 +596,27 @@ float Largest(int64_t width, const float* x) {
 }
 
 float SumOfExp(int64_t width, const float* x, float max, float factor, float* terms) {
-  Vec sum = {};
-  ForVectors(width, [&](int64_t j, int64_t lanes, auto partial) {
+  Vec sums[kChains] = {};
+  int64_t j = 0;
+  for (; j + kChains * kLanes <= width; j += kChains * kLanes) {
+    for (int c = 0; c < kChains; ++c) {
+      const Vec term = ExpOfNegative((Load(x + j + c * kLanes) - max) * factor);
+      if (terms != nullptr) Store(term, terms + j + c * kLanes);
+      sums[c] += term;
+    }
+  }
+  ForVectors(width - j, [&](int64_t i, int64_t lanes, auto partial) {
     constexpr bool kPartial = decltype(partial)::value;
-    Vec term = ExpOfNegative((LoadLanes<kPartial>(x + j, lanes) - max) * factor);
-    if (terms != nullptr) StoreLanes<kPartial>(term, terms + j, lanes);
+    Vec term = ExpOfNegative((LoadLanes<kPartial>(x + j + i, lanes) - max) * factor);
+    if (terms != nullptr) StoreLanes<kPartial>(term, terms + j + i, lanes);
     if constexpr (kPartial) {
       float own[kLanes];
       StorePartial(term, own, lanes);
       term = LoadPartial(own, lanes);  // What is beyond counts as zero.
     }
-    sum += term;
+    sums[0] += term;
   });
-  return Sum(sum);
+  return Sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 }  // namespace
