@@ -13,7 +13,7 @@ import unittest
 ROOMS = ("proto", "model", "server", "client")
 
 PROJECT = r"(proto|model|server|client|tests)/"
-GENERATED = r"deltanet/v1/|google/rpc/|google/protobuf/|grpc/health/"
+GENERATED = r"deltanet/(v1|tokenizer)/|google/rpc/|google/protobuf/|grpc/health/"
 GRPC = r"grpc(pp)?/|grpc\+\+/"
 PROMETHEUS = r"prometheus/"
 HTTP = r"httplib\.h"
