@@ -3,6 +3,7 @@
 #include <grpcpp/grpcpp.h>
 
 #include <fstream>
+#include <iterator>
 #include <limits>
 #include <sstream>
 #include <utility>
@@ -50,6 +51,10 @@ absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> MakeCredentials(
     ASSIGN_OR_RETURN(options.pem_private_key, ReadFile(tls->key));
   }
   return grpc::SslCredentials(options);
+}
+
+TensorView IdsView(const std::vector<int64_t>& ids) {
+  return {ids.data(), {static_cast<int64_t>(ids.size())}, DType::kInt64, Device{}};
 }
 
 }  // namespace
@@ -106,6 +111,75 @@ absl::Status ForwardStream::Finish() {
     while (impl_->call->Read(&impl_->response)) {
     }
     impl_->finished = FromGrpcStatus(impl_->call->Finish());
+  }
+  return *impl_->finished;
+}
+
+absl::string_view FinishReasonName(FinishReason reason) {
+  switch (reason) {
+    case FinishReason::kNone:
+      return "none";
+    case FinishReason::kLength:
+      return "length";
+    case FinishReason::kStopId:
+      return "stop id";
+    case FinishReason::kStopText:
+      return "stop text";
+  }
+  return "none";
+}
+
+class Generation::Impl {
+ public:
+  Impl(v1::DeltaNetService::Stub* stub, const GenerateOptions& options) {
+    SetTimeout(options.timeout, &context);
+    call = stub->Generate(&context, ToProtoRequest(options));
+  }
+
+  bool Read(Generated* generated) {
+    if (!malformed.ok() || !call->Read(&response)) return false;
+    absl::StatusOr<Generated> read = FromProtoResponse(&response);
+    if (!read.ok()) {
+      malformed = read.status();
+      context.TryCancel();
+      return false;
+    }
+    complete = read->finish_reason != FinishReason::kNone;
+    *generated = *std::move(read);
+    return true;
+  }
+
+  grpc::ClientContext context;
+  std::unique_ptr<grpc::ClientReader<v1::GenerateResponse>> call;
+  v1::GenerateResponse response;
+  bool complete = false;  // The last response has said why generation ended.
+  absl::Status malformed;
+  std::optional<absl::Status> finished;
+};
+
+Generation::Generation(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+
+Generation::~Generation() {
+  if (impl_->finished) return;
+  Cancel();
+  (void)Finish();  // Nobody is left who would want to know.
+}
+
+bool Generation::Read(Generated* response) { return impl_->Read(response); }
+
+void Generation::Cancel() { impl_->context.TryCancel(); }
+
+absl::Status Generation::Finish() {
+  if (!impl_->finished) {
+    Generated dropped;
+    while (impl_->Read(&dropped)) {
+    }
+    absl::Status status = FromGrpcStatus(impl_->call->Finish());
+    if (!impl_->malformed.ok()) status = impl_->malformed;
+    if (status.ok() && !impl_->complete) {
+      status = absl::DataLossError("malformed response: generation ended without a reason");
+    }
+    impl_->finished = status;
   }
   return *impl_->finished;
 }
@@ -168,7 +242,82 @@ absl::StatusOr<ForwardResult> Client::Forward(const TensorView& input, const For
   SetTimeout(options.timeout, &context);
   v1::ForwardResponse response;
   RETURN_IF_ERROR(FromGrpcStatus(impl_->stub->Forward(&context, ToProtoRequest(input, options), &response)));
+  if (options.output_options.kind == OutputKind::kValues && !response.has_output()) {
+    return absl::DataLossError("malformed response: no output");
+  }
   return FromProtoResponse(&response);
+}
+
+absl::StatusOr<ForwardResult> Client::Score(const std::vector<int64_t>& ids, int32_t top_tokens,
+                                            const ForwardOptions& options) const {
+  ForwardOptions scoring = options;
+  scoring.output_options = {.kind = OutputKind::kScores, .top_tokens = top_tokens};
+  ASSIGN_OR_RETURN(ForwardResult result, Forward(IdsView(ids), scoring));
+  const int64_t scored = result.committed_position - result.output_position;
+  if (static_cast<int64_t>(result.log_probs.size()) != scored) {
+    return absl::DataLossError(absl::StrCat("malformed response: ", result.log_probs.size(),
+                                            " log-probabilities for ", scored, " tokens"));
+  }
+  return result;
+}
+
+absl::StatusOr<ForwardResult> Client::Top(const std::vector<int64_t>& ids, int32_t top_tokens,
+                                          const ForwardOptions& options) const {
+  ForwardOptions last = options;
+  last.output_options = {.kind = OutputKind::kTop, .last_only = true, .top_tokens = top_tokens};
+  return Forward(IdsView(ids), last);
+}
+
+std::unique_ptr<Generation> Client::OpenGeneration(const GenerateOptions& options) const {
+  return std::unique_ptr<Generation>(
+      new Generation(std::make_unique<Generation::Impl>(impl_->stub.get(), options)));
+}
+
+absl::StatusOr<Generated> Client::Generate(const GenerateOptions& options,
+                                           const std::function<bool(const Generated&)>& on_response) const {
+  const std::unique_ptr<Generation> generation = OpenGeneration(options);
+  Generated joined, response;
+  std::vector<GeneratedToken> tokens;
+  std::string text;
+  uint64_t seed = 0;
+  while (generation->Read(&response)) {
+    const bool wanted = on_response == nullptr || on_response(response);
+    if (!wanted && response.finish_reason == FinishReason::kNone) {
+      generation->Cancel();
+      RETURN_IF_ERROR(generation->Finish());  // It may just have ended.
+      return absl::CancelledError("generation was cancelled");
+    }
+    std::move(response.tokens.begin(), response.tokens.end(), std::back_inserter(tokens));
+    text += response.text;
+    if (seed == 0) seed = response.seed;
+    joined = std::move(response);
+  }
+  RETURN_IF_ERROR(generation->Finish());
+  joined.tokens = std::move(tokens);
+  joined.text = std::move(text);
+  joined.seed = seed;
+  return joined;
+}
+
+absl::StatusOr<std::vector<int64_t>> Client::Tokenize(const std::string& model, const std::string& text,
+                                                      bool add_bos) const {
+  v1::TokenizeRequest request;
+  request.set_model(model);
+  request.set_text(text);
+  request.set_add_bos(add_bos);
+  ASSIGN_OR_RETURN(const v1::TokenizeResponse response,
+                   impl_->Call(&v1::DeltaNetService::Stub::Tokenize, impl_->stub.get(), request));
+  return std::vector<int64_t>(response.ids().begin(), response.ids().end());
+}
+
+absl::StatusOr<std::string> Client::Detokenize(const std::string& model,
+                                               const std::vector<int64_t>& ids) const {
+  v1::DetokenizeRequest request;
+  request.set_model(model);
+  request.mutable_ids()->Add(ids.begin(), ids.end());
+  ASSIGN_OR_RETURN(const v1::DetokenizeResponse response,
+                   impl_->Call(&v1::DeltaNetService::Stub::Detokenize, impl_->stub.get(), request));
+  return response.text();
 }
 
 std::unique_ptr<ForwardStream> Client::OpenStream(const StreamOptions& options) const {

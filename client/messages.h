@@ -14,9 +14,12 @@ absl::StatusOr<Tensor> FromProtoTensor(v1::Tensor* proto);
 
 v1::ForwardRequest ToProtoRequest(const TensorView& input, const ForwardOptions& options);
 v1::StreamForwardRequest ToProtoRequest(const StreamRequest& request);
+v1::GenerateRequest ToProtoRequest(const GenerateOptions& options);
 // These take the bytes of the output; errors as FromProtoTensor, for a stream in the response's status.
 absl::StatusOr<ForwardResult> FromProtoResponse(v1::ForwardResponse* proto);
 StreamResponse FromProtoResponse(v1::StreamForwardResponse* proto);
+// Takes the text. DATA_LOSS for a duration that is none, or log-probabilities that are not as many as ids.
+absl::StatusOr<Generated> FromProtoResponse(v1::GenerateResponse* proto);
 
 // DATA_LOSS for a dtype or duration that is none.
 absl::StatusOr<ModelInfo> FromProtoModelInfo(const v1::ModelInfo& proto);
