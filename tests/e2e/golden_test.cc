@@ -20,6 +20,7 @@
 #include "model/model.h"
 #include "server/server.h"
 #include "tests/model/engine_modes.h"
+#include "tests/testing/max_error.h"
 
 namespace deltanet {
 namespace {
@@ -83,24 +84,12 @@ class GoldenService : public testing::TestWithParam<std::tuple<std::string, Mode
     const int64_t count = golden_.tokens() * golden_.width;
     const float* want = golden_.output.data() + std::max<int64_t>(b, 0) * count;
     ASSERT_EQ(static_cast<int64_t>(output.size()), b < 0 ? count * golden_.batch() : count);
-    EXPECT_LE(LargestError(output, want), kTolerance * Magnitude()) << "sequence " << b;
+    EXPECT_LE(MaxError(output.data(), want, static_cast<int64_t>(output.size())), kTolerance * Magnitude())
+        << "sequence " << b;
   }
 
   double Magnitude() const {
-    double magnitude = 0;
-    for (const float value : golden_.output)
-      magnitude = std::max(magnitude, std::abs(static_cast<double>(value)));
-    return magnitude;
-  }
-
-  // NaN if there is one.
-  static double LargestError(const std::vector<float>& output, const float* want) {
-    double error = 0;
-    for (size_t i = 0; i < output.size(); ++i) {
-      const double difference = std::abs(static_cast<double>(output[i]) - want[i]);
-      if (!(difference <= error)) error = difference;
-    }
-    return error;
+    return MaxMagnitude(golden_.output.data(), static_cast<int64_t>(golden_.output.size()));
   }
 
   // One stream with `sessions` sessions, in random chunks, a few of which have a deadline that they can miss;
@@ -147,8 +136,8 @@ class GoldenService : public testing::TestWithParam<std::tuple<std::string, Mode
         std::vector<float> output;
         Append(response.output, &output);
         const int64_t at = sequences[i] * golden_.tokens() + response.output_position;
-        const double found = LargestError(output, golden_.output.data() + at * golden_.width);
-        if (!(found <= error)) error = found;
+        const float* want = golden_.output.data() + at * golden_.width;
+        KeepLargest(MaxError(output.data(), want, static_cast<int64_t>(output.size())), &error);
         positions[i] = end;
         if (request.end_of_sequence) left.erase(left.begin() + chosen);
       }

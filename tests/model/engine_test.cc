@@ -21,6 +21,7 @@
 #include "model/model.h"
 #include "tests/model/engine_modes.h"
 #include "tests/model/reference_model.h"
+#include "tests/testing/max_error.h"
 #include "tests/testing/random_model.h"
 
 namespace deltanet {
@@ -107,13 +108,8 @@ void Step(Model* model, const std::vector<Sequence*>& sequences, const std::vect
   for (size_t i = 0; i < sequences.size(); ++i) sequences[i]->Commit(tokens[i]);
 }
 
-double LargestError(const float* got, const double* want, int64_t count) {
-  double magnitude = 0, error = 0;
-  for (int64_t i = 0; i < count; ++i) magnitude = std::max(magnitude, std::abs(want[i]));
-  for (int64_t i = 0; i < count; ++i) {
-    if (!(std::abs(got[i] - want[i]) <= error)) error = std::abs(got[i] - want[i]);  // NaN shows.
-  }
-  return error / magnitude;
+double RelativeError(const float* got, const double* want, int64_t count) {
+  return MaxError(got, want, count) / MaxMagnitude(want, count);
 }
 
 struct GoldenCase {
@@ -184,8 +180,7 @@ class GoldenTest : public testing::TestWithParam<std::tuple<std::string, Mode>> 
     const int64_t count = golden_.tokens * model_->description().output_width;
     double largest = 0;
     for (size_t b = 0; b < sequences_.size(); ++b) {
-      largest =
-          std::max(largest, LargestError(sequences_[b].output().data(), &golden_.output[b * count], count));
+      KeepLargest(RelativeError(sequences_[b].output().data(), &golden_.output[b * count], count), &largest);
     }
     EXPECT_LE(largest, Tolerance());
     RecordProperty("largest_error", absl::StrCat(largest));
@@ -204,7 +199,7 @@ class GoldenTest : public testing::TestWithParam<std::tuple<std::string, Mode>> 
       ToDoubles(golden_.input.data() + b * values * (ids ? 8 : 4), ids, &input);
       const std::vector<double> output = plain.Forward(input);
       const std::vector<float> rounded(output.begin(), output.end());
-      largest = std::max(largest, LargestError(rounded.data(), &golden_.output[b * count], count));
+      KeepLargest(RelativeError(rounded.data(), &golden_.output[b * count], count), &largest);
     }
     return 2 * largest;
   }
@@ -372,8 +367,7 @@ TEST_P(EngineTest, RandomModelsAgreeWithTheFloat64Reference) {
       if (bfloat16) {
         const std::vector<double> output = plain.Forward(input);
         const std::vector<float> rounded(output.begin(), output.end());
-        tolerance =
-            std::max(tolerance, 2 * LargestError(rounded.data(), cases[i].want.data(), output.size()));
+        KeepLargest(2 * RelativeError(rounded.data(), cases[i].want.data(), output.size()), &tolerance);
       }
       cases[i].sequence = std::make_unique<Sequence>(*model, cases[i].input.data(), tokens, 2 * i);
     }
@@ -390,7 +384,7 @@ TEST_P(EngineTest, RandomModelsAgreeWithTheFloat64Reference) {
           std::any_of(cases.begin(), cases.end(), [](const Case& c) { return c.sequence->remaining() > 0; });
     }
     for (const Case& c : cases) {
-      EXPECT_LE(LargestError(c.sequence->output().data(), c.want.data(), c.want.size()), tolerance);
+      EXPECT_LE(RelativeError(c.sequence->output().data(), c.want.data(), c.want.size()), tolerance);
     }
   }
 }
@@ -414,7 +408,7 @@ TEST_P(EngineTest, GoesOnInPlace) {
     pieces.Commit(tokens);
   }
   const std::vector<double> want(whole.output().begin(), whole.output().end());
-  EXPECT_LE(LargestError(pieces.output().data(), want.data(), want.size()), Loose(1e-5));
+  EXPECT_LE(RelativeError(pieces.output().data(), want.data(), want.size()), Loose(1e-5));
 }
 
 // The base slot is the session's committed state: running from it again gives the same bits again.
@@ -462,7 +456,7 @@ TEST_P(EngineTest, NonFiniteStatePoisonsItsOwnRowOnly) {
   EXPECT_EQ(result->rows[0].code(), absl::StatusCode::kInternal);
   EXPECT_TRUE(result->rows[1].ok()) << result->rows[1];
   const std::vector<double> want = reference.Forward(std::vector<double>(good.begin(), good.end()));
-  EXPECT_LE(LargestError(good_sequence.output().data(), want.data(), want.size()), Loose(kTolerance));
+  EXPECT_LE(RelativeError(good_sequence.output().data(), want.data(), want.size()), Loose(kTolerance));
 }
 
 // Half-precision input and output are conversions of the same computation.

@@ -11,6 +11,7 @@
 #include "server/executor.h"
 #include "tests/testing/fake_clock.h"
 #include "tests/testing/fake_model.h"
+#include "tests/testing/max_error.h"
 
 namespace deltanet {
 namespace {
@@ -110,6 +111,22 @@ FakeModelOptions Narrow() {
 
 std::vector<float> Slice(const std::vector<float>& values, size_t first_row, size_t rows) {
   return {values.begin() + 8 * first_row, values.begin() + 8 * (first_row + rows)};
+}
+
+TEST(MaxError, NothingHidesANaN) {
+  const float want[] = {1, -5, 3};
+  EXPECT_EQ(MaxError(want, want, 3), 0);
+  EXPECT_EQ(MaxMagnitude(want, 3), 5);
+  const double off[] = {1.5, -5, 0};
+  EXPECT_EQ(MaxError(off, want, 3), 3);
+  for (int i = 0; i < 3; ++i) {
+    double got[] = {1.5, -5, 0};
+    got[i] = std::numeric_limits<double>::quiet_NaN();
+    EXPECT_TRUE(std::isnan(MaxError(got, want, 3))) << i;
+    double largest = 0;
+    for (const double error : got) KeepLargest(error, &largest);
+    EXPECT_TRUE(std::isnan(largest)) << i;
+  }
 }
 
 TEST(FakeModelTest, ChunksGiveTheOutputOfTheWhole) {
