@@ -114,7 +114,7 @@ inline std::vector<float> RandomNormal(int64_t count, uint32_t seed, float devia
 }
 
 inline bool SameBits(const float* a, const float* b, int64_t count) {
-  return std::memcmp(a, b, count * sizeof(float)) == 0;
+  return count == 0 || std::memcmp(a, b, count * sizeof(float)) == 0;
 }
 
 // `values` as `dtype` holds them.
