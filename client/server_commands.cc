@@ -27,6 +27,12 @@ std::string Describe(const ModelInfo& model) {
   line("parameters", absl::StrCat(model.parameters));
   line("computes in", absl::StrCat(DTypeName(model.compute_dtype), " on ", model.device));
   line("look-ahead", absl::StrCat(model.lookahead, model.lookahead == 1 ? " token" : " tokens"));
+  if (model.generates) {
+    line("generates", absl::StrCat("at most ", model.max_generated_tokens, " tokens a call, ",
+                                   model.has_tokenizer ? "from text or ids" : "from ids"));
+    if (model.bos_id) line("a text begins with", absl::StrCat(*model.bos_id));
+    if (!model.eos_ids.empty()) line("a text ends with", absl::StrJoin(model.eos_ids, " or "));
+  }
   line("bytes per session", absl::StrCat(model.bytes_per_session));
   line("sessions", absl::StrCat(model.sessions, " in use, ", model.sessions_free, " free"));
   line("largest response", absl::StrCat(model.max_response_bytes, " bytes"));
