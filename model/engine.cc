@@ -925,7 +925,11 @@ absl::StatusOr<std::unique_ptr<Engine>> LoadEngine(const std::string& directory,
   }
   return CatchTorch(absl::StrCat("loading ", directory), [&]() -> absl::StatusOr<std::unique_ptr<Engine>> {
     SetTorchThreads(options.cpu_threads);
-    ASSIGN_OR_RETURN(Weights weights, LoadWeights(config, checkpoint, options.device, options.dtype, [](int64_t, int64_t) {}));
+    const auto observer = [&](int64_t bytes, int64_t total_bytes) {
+      if (options.on_progress) options.on_progress({directory, bytes, total_bytes});
+    };
+    ASSIGN_OR_RETURN(Weights weights,
+                     LoadWeights(config, checkpoint, options.device, options.dtype, observer));
     auto engine = std::make_unique<Engine>(std::move(weights), options);
     RETURN_IF_ERROR(engine->WarmUp());
     return engine;

@@ -8,6 +8,7 @@
 #define DELTANET_MODEL_MODEL_H_
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -15,6 +16,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "absl/types/span.h"
 #include "model/base/tensor_view.h"
 
@@ -147,6 +149,13 @@ class Model {
   virtual absl::StatusOr<StepResult> Wait(StepTicket ticket) = 0;
 };
 
+// How much of one model's checkpoint has been read.
+struct ModelLoadProgress {
+  absl::string_view directory;
+  int64_t bytes = 0;
+  int64_t total_bytes = 0;
+};
+
 struct ModelOptions {
   Device device;
   DType dtype = DType::kFloat32;  // What products are computed in: float32, or on CUDA bfloat16.
@@ -160,6 +169,9 @@ struct ModelOptions {
   int64_t min_slots = 2;  // RESOURCE_EXHAUSTED if these do not fit in pool_bytes.
   int64_t max_slots = int64_t{1} << 20;
   int cpu_threads = 1;  // Threads of a step on the CPU, the batch thread included.
+  // Called by the loading thread after every few MiB; the last call of a model has all its bytes. Null: not
+  // wanted.
+  std::function<void(const ModelLoadProgress&)> on_progress;
 };
 
 // Loads models onto one device: of each, DIRECTORY/config.json and DIRECTORY/model.safetensors. Runs each

@@ -11,8 +11,10 @@
 #include "model/base/spin_briefly.h"
 #include "model/base/status_macros.h"
 #include "model/model.h"
+#include "server/clock.h"
 #include "server/config.h"
 #include "server/host.h"
+#include "server/load_log.h"
 #include "server/log.h"
 #include "server/serve.h"
 #include "server/server.h"
@@ -37,6 +39,14 @@ absl::StatusOr<std::vector<NamedModel>> LoadAll(const ServerConfig& config) {
 
   std::vector<std::string> directories;
   for (const auto& [name, directory] : config.models) directories.push_back(directory);
+  LoadLog log(Clock::Real(), [](const ModelLoadProgress& progress, absl::Duration elapsed) {
+    Log(LogLevel::kInfo, "model_loading",
+        {{"directory", progress.directory},
+         {"bytes", absl::StrCat(progress.bytes)},
+         {"total_bytes", absl::StrCat(progress.total_bytes)},
+         {"seconds", absl::StrCat(absl::ToDoubleSeconds(elapsed))}});
+  });
+  options.on_progress = [&log](const ModelLoadProgress& progress) { log.OnProgress(progress); };
   ASSIGN_OR_RETURN(std::vector<std::unique_ptr<Model>> models, LoadModels(directories, options));
   std::vector<NamedModel> named;
   for (size_t i = 0; i < models.size(); ++i) {

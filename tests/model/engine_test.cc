@@ -275,7 +275,7 @@ TEST(ReferenceModelTest, AgreesWithTheGoldenFiles) {
     ToDoubles(golden.input.data(), tokens, &input);
     const std::vector<double> output = reference.Forward(input);
     const std::vector<float> rounded(output.begin(), output.end());
-    EXPECT_LE(LargestError(rounded.data(), golden.output.data(), static_cast<int64_t>(output.size())), 1e-6)
+    EXPECT_LE(RelativeError(rounded.data(), golden.output.data(), static_cast<int64_t>(output.size())), 1e-6)
         << name;
   }
 }
@@ -551,6 +551,19 @@ TEST_P(EngineTest, RefusesBadSteps) {
   }
   for (const StepTicket ticket : tickets) EXPECT_TRUE(model->Wait(ticket).ok());
   EXPECT_EQ(model->Wait(tickets[0]).status().code(), absl::StatusCode::kFailedPrecondition);
+}
+
+TEST(LoadModels, ReportTheirProgress) {
+  const std::vector<std::string> directories = {absl::StrCat(DELTANET_TESTDATA, "/golden/fla_tied"),
+                                                absl::StrCat(DELTANET_TESTDATA, "/golden/deltanet_model")};
+  std::vector<std::string> done;
+  ModelOptions options = TestOptions();
+  options.on_progress = [&](const ModelLoadProgress& progress) {
+    EXPECT_LE(progress.bytes, progress.total_bytes);
+    if (progress.bytes == progress.total_bytes) done.emplace_back(progress.directory);
+  };
+  ASSERT_TRUE(LoadModels(directories, options).ok());
+  EXPECT_EQ(done, directories);
 }
 
 TEST(LoadModels, ShareTheStateMemoryEqually) {
