@@ -75,6 +75,25 @@ void FlagSet::Add(const std::string& name, const std::string& value_name, const 
 }
 
 void FlagSet::Add(const std::string& name, const std::string& value_name, const std::string& help,
+                  std::optional<uint64_t>* value) {
+  AddFlag(name, value_name, help, "", [value](const std::string& text) {
+    uint64_t parsed;
+    if (!absl::SimpleAtoi(text, &parsed)) return Unwanted(text, "an integer of at least 0 and below 2^64");
+    *value = parsed;
+    return absl::OkStatus();
+  });
+}
+
+void FlagSet::AddRepeated(const std::string& name, const std::string& value_name, const std::string& help,
+                          std::vector<std::string>* values) {
+  AddFlag(name, value_name, help, "", [values](const std::string& text) {
+    values->push_back(text);
+    return absl::OkStatus();
+  });
+  flags_.back().repeated = true;
+}
+
+void FlagSet::Add(const std::string& name, const std::string& value_name, const std::string& help,
                   int64_t min, std::vector<int64_t>* value) {
   AddFlag(name, value_name, help, absl::StrJoin(*value, ","),
           [min, value](const std::string& text) -> absl::Status {
@@ -182,7 +201,8 @@ absl::Status FlagSet::Parse(const std::vector<std::string>& arguments) {
     if (flag == nullptr) {
       return absl::InvalidArgumentError(absl::StrCat("unknown flag --", parts.first, "; see --help"));
     }
-    if (flag->given) return absl::InvalidArgumentError(absl::StrCat("--", flag->name, " is given twice"));
+    if (flag->given && !flag->repeated)
+      return absl::InvalidArgumentError(absl::StrCat("--", flag->name, " is given twice"));
     flag->given = true;
     std::string value = parts.second;
     if (flag->value_name.empty() && has_value) {

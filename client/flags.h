@@ -32,6 +32,9 @@ class FlagSet {
            int64_t* value);
   void Add(const std::string& name, const std::string& value_name, const std::string& help, int64_t min,
            std::optional<int64_t>* value);
+  // An integer in [0, 2^64).
+  void Add(const std::string& name, const std::string& value_name, const std::string& help,
+           std::optional<uint64_t>* value);
   // Integers of at least `min`, with commas between: at least one.
   void Add(const std::string& name, const std::string& value_name, const std::string& help, int64_t min,
            std::vector<int64_t>* value);
@@ -42,6 +45,9 @@ class FlagSet {
            absl::Duration* value);
   // A floating dtype that models speak: float32, float16 or bfloat16.
   void Add(const std::string& name, const std::string& help, DType* value);
+  // May be given any number of times, each with one more value; it has none before.
+  void AddRepeated(const std::string& name, const std::string& value_name, const std::string& help,
+                   std::vector<std::string>* values);
   // A flag without a value: true if given.
   void Add(const std::string& name, const std::string& help, bool* value);
   // The one argument without dashes; it must be given.
@@ -66,6 +72,7 @@ class FlagSet {
     std::string default_text;  // Empty: none to show.
     std::function<absl::Status(const std::string& value)> set;
     bool required = false;
+    bool repeated = false;  // May be given more than once.
     bool given = false;
   };
   void AddFlag(const std::string& name, const std::string& value_name, const std::string& help,

@@ -16,6 +16,8 @@ class FlagsTest : public testing::Test {
     flags_.Add("text", "TEXT", "some text", &text_);
     flags_.Add("number", "N", "a number", 1, &number_);
     flags_.Add("maybe", "N", "perhaps a number", 0, &maybe_);
+    flags_.Add("large", "N", "a large number", &large_);
+    flags_.AddRepeated("word", "WORD", "a word; repeat it for more", &words_);
     flags_.Add("list", "N[,N...]", "numbers", 1, &list_);
     flags_.Add("ratio", "X", "a ratio", &ratio_);
     flags_.Add("timeout", "TIME", "a time", &timeout_);
@@ -34,6 +36,8 @@ class FlagsTest : public testing::Test {
   std::string text_ = "default text";
   int64_t number_ = 42;
   std::optional<int64_t> maybe_;
+  std::optional<uint64_t> large_;
+  std::vector<std::string> words_;
   std::vector<int64_t> list_ = {1, 2};
   double ratio_ = 0.5;
   absl::Duration timeout_ = absl::InfiniteDuration();
@@ -47,18 +51,39 @@ TEST_F(FlagsTest, NothingGivenKeepsDefaults) {
   EXPECT_EQ(text_, "default text");
   EXPECT_EQ(number_, 42);
   EXPECT_FALSE(maybe_.has_value());
+  EXPECT_FALSE(large_.has_value());
+  EXPECT_THAT(words_, ElementsAre());
   EXPECT_FALSE(flags_.given("number"));
 }
 
 TEST_F(FlagsTest, ReadsEveryKind) {
-  ASSERT_TRUE(
-      flags_
-          .Parse({"--text", "--dashes", "--number=7", "--maybe", "0", "--list", "3,1,4", "--ratio=1e-4",
-                  "--timeout", "1.5s", "--dtype", "bfloat16", "--verbose", "--side", "right"})
-          .ok());
+  ASSERT_TRUE(flags_
+                  .Parse({"--text",
+                          "--dashes",
+                          "--number=7",
+                          "--maybe",
+                          "0",
+                          "--large",
+                          "18446744073709551615",
+                          "--word",
+                          "a b",
+                          "--word=",
+                          "--list",
+                          "3,1,4",
+                          "--ratio=1e-4",
+                          "--timeout",
+                          "1.5s",
+                          "--dtype",
+                          "bfloat16",
+                          "--verbose",
+                          "--side",
+                          "right"})
+                  .ok());
   EXPECT_EQ(text_, "--dashes");
   EXPECT_EQ(number_, 7);
   EXPECT_EQ(maybe_, 0);
+  EXPECT_EQ(large_, ~uint64_t{0});
+  EXPECT_THAT(words_, ElementsAre("a b", ""));
   EXPECT_THAT(list_, ElementsAre(3, 1, 4));
   EXPECT_EQ(ratio_, 1e-4);
   EXPECT_EQ(timeout_, absl::Milliseconds(1500));
@@ -113,6 +138,8 @@ INSTANTIATE_TEST_SUITE_P(Kinds, BadValueTest,
                                          BadValue{"--number", "99999999999999999999",
                                                   "an integer of at least 1"},
                                          BadValue{"--maybe", "-1", "an integer of at least 0"},
+                                         BadValue{"--large", "-1", "at least 0 and below 2^64"},
+                                         BadValue{"--large", "18446744073709551616", "below 2^64"},
                                          BadValue{"--list", "1,,2", "integers of at least 1"},
                                          BadValue{"--list", "1,0", "integers of at least 1"},
                                          BadValue{"--list", "", "integers of at least 1"},
