@@ -66,3 +66,8 @@ class Server:
     def resident_bytes(self):
         statm = pathlib.Path(f"/proc/{self.process.pid}/statm").read_text()
         return int(statm.split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def anonymous_bytes(self):
+        """What is resident and of no file: heaps and stacks, not libraries."""
+        rollup = pathlib.Path(f"/proc/{self.process.pid}/smaps_rollup").read_text()
+        return int(re.search(r"^Anonymous:\s+(\d+) kB$", rollup, re.MULTILINE).group(1)) * 1024

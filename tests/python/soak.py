@@ -1,10 +1,12 @@
 """The service under mixed clients, faults, drains and restarts: does it end where it began?
 
-    soak.py [--seconds S] [--lives N] DELTANET_SERVER DELTANET_CLIENT
+    soak.py [--seconds S] [--lives N] [--rounds N] DELTANET_SERVER DELTANET_CLIENT
 
 Each life of the server: a warm-up, then rounds of clients that stream, call, cancel, time out, vanish and send nonsense,
 every answer checked; after each round, with all clients gone, no session, no slot and no queued work may be left, and
 memory, threads and descriptors are measured. At the end of a life the server is drained under load, which must end it with 0.
+
+Does memory level off? Give it many rounds in one life: the report ends with the memory after each.
 """
 
 import argparse
@@ -49,6 +51,10 @@ def chunks_of(generator, x):
         end = min(len(x), begin + generator.choice((1, 7, 64, 100)))
         yield x[begin:end], end == len(x)
         begin = end
+
+
+def mebibytes(size):
+    return f"{size / 2**20:.1f}"
 
 
 class Unexpected(Exception):
@@ -240,24 +246,29 @@ class Soak:
         least = None
         for _ in range(10):
             used = {key: int(now[f"process_{key}"]) for key in ("resident_memory_bytes", "threads", "open_fds")}
+            used["anonymous_bytes"] = self.server.anonymous_bytes()
             least = used if least is None else {key: min(value, used[key]) for key, value in least.items()}
             time.sleep(0.2)
             now = self.metrics()
-        print(f"  {name}: {least['resident_memory_bytes'] / 2**20:.1f} MiB resident, {least['threads']} threads, "
-              f"{least['open_fds']} descriptors, {now['process_cpu_seconds_total']:.0f} s of CPU", flush=True)
+        tokens = now['deltanet_tokens_total{model="m"}']
+        print(f"  {name}: {mebibytes(least['resident_memory_bytes'])} MiB resident, "
+              f"{mebibytes(least['anonymous_bytes'])} of them of no file, {least['threads']} threads, "
+              f"{least['open_fds']} descriptors, {now['process_cpu_seconds_total']:.0f} s of CPU, "
+              f"{tokens:.0f} tokens", flush=True)
         return least
 
-    def live(self, life, seconds):
+    def live(self, life, seconds, rounds):
         self.draining.clear()
         flags = ["--session-ttl=1s", "--max-sessions=64", "--max-queued-requests=256", "--drain-timeout=20s"]
         with programs.Server(self.program, {"m": self.directory}, *flags) as self.server:
-            rounds = 4
             measured = []
             for number in range(rounds):
                 with self.clients(life * rounds + number):
                     self.stop.wait(seconds / rounds)
                 self.check()
                 measured.append(self.measure("warm-up" if number == 0 else f"round {number}"))
+            for name, key in (("resident", "resident_memory_bytes"), ("of no file", "anonymous_bytes")):
+                print(f"  MiB {name} after each round:", *(mebibytes(used[key]) for used in measured), flush=True)
             begin, end = measured[0], measured[-1]
             for key, extra in (("resident_memory_bytes", EXTRA_RESIDENT_BYTES), ("threads", EXTRA_THREADS),
                                ("open_fds", EXTRA_FDS)):
@@ -281,6 +292,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--lives", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=4, help="of each life, the warm-up among them")
     parser.add_argument("server", type=pathlib.Path)
     parser.add_argument("client", type=pathlib.Path)
     arguments = parser.parse_args()
@@ -290,7 +302,7 @@ def main():
         for life in range(arguments.lives):
             print(f"life {life + 1} of the server", flush=True)
             try:
-                soak.live(life, arguments.seconds / arguments.lives)
+                soak.live(life, arguments.seconds / arguments.lives, arguments.rounds)
             except Unexpected as error:
                 sys.exit(f"soak: {error}")
     print("done: " + ", ".join(f"{what} {count}" for what, count in sorted(soak.counts.items())))
