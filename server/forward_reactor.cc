@@ -8,6 +8,7 @@
 #include "absl/types/span.h"
 #include "model/base/status_macros.h"
 #include "proto/wire.h"
+#include "server/work_output.h"
 
 namespace deltanet {
 
@@ -76,15 +77,14 @@ absl::Status ForwardReactor::SubmitToSession() {
 absl::StatusOr<CheckedInput> ForwardReactor::CheckMessage(Sequence sequence) const {
   if (request_->has_expected_position())
     RETURN_IF_ERROR(CheckExpectedPosition(request_->expected_position()));
-  return CheckInput(request_->input(), request_->output_dtype(), sequence,
+  return CheckInput(request_->input(), request_->output_dtype(), request_->output_options(), sequence,
                     context_->batcher->description(model_), context_->request_limits);
 }
 
 absl::Status ForwardReactor::SubmitWork(const std::vector<std::shared_ptr<Lane>>& lanes,
                                         const CheckedInput& input, const absl::Status& precondition) {
   input_ = input;
-  v1::Tensor* output = response_->mutable_output();
-  output->mutable_data()->resize(static_cast<size_t>(input.output_bytes) * lanes.size());
+  MakeRoomForOutput(input, response_);
   {
     MutexLock lock(&mu_);
     unanswered_ = lanes.size();
@@ -97,8 +97,7 @@ absl::Status ForwardReactor::SubmitWork(const std::vector<std::shared_ptr<Lane>>
     work->input_dtype = input.dtype;
     work->tokens = input.tokens;
     work->end_of_sequence = session_ == nullptr || request_->end_of_sequence();
-    work->output = output->mutable_data()->data() + i * input.output_bytes;
-    work->output_dtype = input.output_dtype;
+    PointToOutput(input, static_cast<int64_t>(i), response_, work.get());
     if (request_->has_expected_position()) work->expected_position = request_->expected_position();
     work->deadline = deadline;
     work->precondition = precondition;
@@ -167,14 +166,7 @@ void ForwardReactor::FinishCall(absl::Status status) {
 }
 
 void ForwardReactor::FillResponseLocked(const WorkResult& result) {
-  const int64_t width = context_->batcher->description(model_).output_width;
-  v1::Tensor* output = response_->mutable_output();
-  output->set_dtype(ToProtoDType(input_.output_dtype));
-  if (input_.batched) output->add_shape(input_.batch);
-  output->add_shape(result.output_tokens);
-  output->add_shape(width);
-  output->mutable_data()->resize(
-      static_cast<size_t>(input_.batch * result.output_tokens * width * DTypeBytes(input_.output_dtype)));
+  TrimOutput(input_, result.output_tokens, context_->batcher->description(model_).output_width, response_);
   response_->set_output_position(result.output_position);
   response_->set_committed_position(result.committed_position);
   if (session_ != nullptr) response_->set_session_id(session_->id);

@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "model/base/status_macros.h"
 #include "proto/wire.h"
+#include "server/work_output.h"
 
 namespace deltanet {
 namespace {
@@ -168,12 +169,11 @@ absl::Status StreamForwardReactor::Submit(const SessionKey& key, StreamSession* 
   const bool ends = raw->request.end_of_sequence();
   auto work = std::make_unique<Work>();
   work->precondition = FillWork(*session, created, raw, work.get());
-  const int64_t output_bytes = static_cast<int64_t>(raw->response.output().data().size());
   bool was_ending = false;
   {
     MutexLock lock(&mu_);
-    raw->window_bytes += output_bytes;
-    window_bytes_ += output_bytes;
+    raw->window_bytes += raw->input.response_bytes;
+    window_bytes_ += raw->input.response_bytes;
     was_ending = entry->ending;
     if (ends) entry->ending = true;
   }
@@ -220,17 +220,16 @@ absl::Status StreamForwardReactor::FillWork(const Session& session, bool created
     work->deadline = std::min(deadline_, deadline);
   }
   ASSIGN_OR_RETURN(const CheckedInput input,
-                   CheckInput(request.input(), request.output_dtype(),
+                   CheckInput(request.input(), request.output_dtype(), request.output_options(),
                               request.end_of_sequence() ? Sequence::kLastChunk : Sequence::kChunk,
                               context_->batcher->description(session.model), context_->request_limits));
-  v1::Tensor* output = message->response.mutable_output();
-  output->set_dtype(ToProtoDType(input.output_dtype));
-  output->mutable_data()->resize(static_cast<size_t>(input.output_bytes));
+  message->input = input;
+  message->response.mutable_output();  // There, even where it stays empty.
+  MakeRoomForOutput(input, &message->response);
+  PointToOutput(input, 0, &message->response, work);
   work->input = request.input().data().data();
   work->input_dtype = input.dtype;
   work->tokens = input.tokens;
-  work->output = output->mutable_data()->data();
-  work->output_dtype = input.output_dtype;
   return absl::OkStatus();
 }
 
@@ -239,12 +238,8 @@ void StreamForwardReactor::OnWorkDone(const SessionKey& key, StreamSession* entr
   v1::StreamForwardResponse& response = message->response;
   absl::Status status = result.status;
   if (status.ok()) {
-    v1::Tensor* output = response.mutable_output();
-    const int64_t width = context_->batcher->description(session.model).output_width;
-    const int64_t row_bytes = width * DTypeBytes(FromProtoDType(output->dtype()).value());
-    output->add_shape(result.output_tokens);
-    output->add_shape(width);
-    output->mutable_data()->resize(static_cast<size_t>(result.output_tokens * row_bytes));
+    TrimOutput(message->input, result.output_tokens,
+               context_->batcher->description(session.model).output_width, &response);
     response.set_output_position(result.output_position);
   } else {
     status = WithErrorMetadata(status, "committed_position", absl::StrCat(result.committed_position));
@@ -281,10 +276,16 @@ void StreamForwardReactor::RouteDeferred(const SessionKey& key, StreamSession* e
 }
 
 void StreamForwardReactor::Answer(std::unique_ptr<Message> message, const absl::Status& status) {
-  if (!status.ok()) *message->response.mutable_error() = ToRpcStatus(status);
+  if (!status.ok()) {
+    *message->response.mutable_error() = ToRpcStatus(status);
+    message->response.clear_top();
+    message->response.clear_log_probs();
+  }
   LogIfInternal("StreamForward", message->response.request_id(), status);
   context_->metrics->OnStreamMessage(status);
-  if (status.ok() && !message->response.output().data().empty()) ObserveOutput();
+  const bool has_output = !message->response.output().data().empty() ||
+                          message->response.log_probs_size() > 0 || message->response.top().ids_size() > 0;
+  if (status.ok() && has_output) ObserveOutput();
   context_->metrics->OnLatency(Method::kStreamForward, context_->clock->Now() - message->arrival);
   {
     MutexLock lock(&mu_);

@@ -53,6 +53,7 @@ class StreamForwardReactor
     v1::StreamForwardRequest request;
     v1::StreamForwardResponse response;
     absl::Time arrival;
+    CheckedInput input;        // Once it is submitted.
     std::string model;         // The request's, or that of the stream's first message.
     int64_t window_bytes = 0;  // What it weighs in the window.
   };
