@@ -2,10 +2,13 @@
 #ifndef DELTANET_SERVER_EXECUTOR_H_
 #define DELTANET_SERVER_EXECUTOR_H_
 
+#include <deque>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "absl/functional/any_invocable.h"
+#include "model/base/mutex.h"
 
 namespace deltanet {
 
@@ -23,6 +26,28 @@ class Thread {
 
  private:
   std::thread thread_;
+};
+
+// Runs tasks on a few threads of its own, in the order in which they were given: for what would keep the
+// thread that gives them too long. Thread-safe. Destruction runs what was given before, and joins.
+class Executor {
+ public:
+  // `name` as Thread has it; at least 1 thread.
+  Executor(const std::string& name, int threads);
+  ~Executor();
+
+  // Never blocks. A task may give others; none may block.
+  void Run(absl::AnyInvocable<void()> task);
+
+ private:
+  void Work();
+
+  Mutex mu_;
+  CondVar changed_;
+  std::deque<absl::AnyInvocable<void()>> tasks_ ABSL_GUARDED_BY(mu_);  // Oldest first.
+  int idle_ ABSL_GUARDED_BY(mu_) = 0;  // Threads that wait and have not been notified.
+  bool stopping_ ABSL_GUARDED_BY(mu_) = false;
+  std::vector<Thread> threads_;  // Constant after construction.
 };
 
 }  // namespace deltanet
