@@ -339,7 +339,9 @@ TEST_P(EngineTest, RandomModelsAgreeWithTheFloat64Reference) {
     const ReferenceModel plain(directory, ReferenceModel::Rounding::kBFloat16);
     const std::unique_ptr<Model> model = Load(directory, GetParam());
     ASSERT_NE(model, nullptr);
-    double tolerance = bfloat16 ? 0 : kTolerance;
+    // bfloat16 is held to plain code's error, as a root mean square over all outputs of the trial: the largest
+    // errors of so few tokens say little.
+    double plain_squares = 0, squares = 0;
 
     struct Case {
       std::vector<char> input;
@@ -366,8 +368,9 @@ TEST_P(EngineTest, RandomModelsAgreeWithTheFloat64Reference) {
       cases[i].want = reference.Forward(input);
       if (bfloat16) {
         const std::vector<double> output = plain.Forward(input);
-        const std::vector<float> rounded(output.begin(), output.end());
-        KeepLargest(2 * RelativeError(rounded.data(), cases[i].want.data(), output.size()), &tolerance);
+        for (size_t j = 0; j < output.size(); ++j) {
+          plain_squares += std::pow(output[j] - cases[i].want[j], 2);
+        }
       }
       cases[i].sequence = std::make_unique<Sequence>(*model, cases[i].input.data(), tokens, 2 * i);
     }
@@ -384,7 +387,14 @@ TEST_P(EngineTest, RandomModelsAgreeWithTheFloat64Reference) {
           std::any_of(cases.begin(), cases.end(), [](const Case& c) { return c.sequence->remaining() > 0; });
     }
     for (const Case& c : cases) {
-      EXPECT_LE(RelativeError(c.sequence->output().data(), c.want.data(), c.want.size()), tolerance);
+      const std::vector<float>& output = c.sequence->output();
+      if (!bfloat16) {
+        EXPECT_LE(RelativeError(output.data(), c.want.data(), c.want.size()), kTolerance);
+      }
+      for (size_t j = 0; j < output.size(); ++j) squares += std::pow(output[j] - c.want[j], 2);
+    }
+    if (bfloat16) {
+      EXPECT_LE(std::sqrt(squares), 2 * std::sqrt(plain_squares));
     }
   }
 }
