@@ -97,6 +97,13 @@ TEST_F(CudaReadoutTest, AFlatRowGivesTheUniformNumber) {
   }
 }
 
+TEST_F(CudaReadoutTest, AtABoundaryTheUpperIdIsSampled) {
+  std::vector<int32_t> ids;
+  ReadoutProblem problem = BoundaryRows(&ids);
+  Run(&problem);
+  for (int64_t m = 0; m < problem.rows(); ++m) EXPECT_EQ(problem.id(m), ids[m]);
+}
+
 TEST_F(CudaReadoutTest, RowsThatAreNotFiniteSaySoAndStayInRange) {
   for (const int64_t W : {1, 7, 64, 300, 1025}) {
     ReadoutProblem problem = NonFiniteRows(W);

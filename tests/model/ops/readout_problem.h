@@ -308,6 +308,20 @@ inline ReadoutProblem EveryRequest(int64_t W, int64_t gap, LogitKind kind) {
   return problem;
 }
 
+// Flat rows, of which u is exactly where one id ends and the next, *ids, begins.
+inline ReadoutProblem BoundaryRows(std::vector<int32_t>* ids) {
+  constexpr int64_t kIds = 1 << 16;
+  ReadoutProblem problem(kIds);
+  for (int64_t counter = 0; problem.rows() < 4; ++counter) {
+    const double id = kIds * ReadoutUniform(31, counter);
+    if (id != std::floor(id)) continue;
+    ids->push_back(static_cast<int32_t>(id));
+    problem.Add(std::vector<float>(kIds, -1.0f),
+                {.sample = 1, .temperature = 1.0f, .seed = 31, .counter = counter});
+  }
+  return problem;
+}
+
 // Rows that are not finite, each between two that are.
 inline ReadoutProblem NonFiniteRows(int64_t W) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();

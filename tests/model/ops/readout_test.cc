@@ -128,6 +128,13 @@ TEST_P(ReadoutTest, AFlatRowGivesTheUniformNumber) {
   }
 }
 
+TEST_P(ReadoutTest, AtABoundaryTheUpperIdIsSampled) {
+  std::vector<int32_t> ids;
+  ReadoutProblem problem = BoundaryRows(&ids);
+  Run(&problem, SerialContext());
+  for (int64_t m = 0; m < problem.rows(); ++m) EXPECT_EQ(problem.id(m), ids[m]);
+}
+
 TEST_P(ReadoutTest, FrequenciesAreTheProbabilities) {
   constexpr int64_t kIds = 50, kDraws = 100000;
   const std::vector<float> logits = RandomNormal(kIds, 21);
