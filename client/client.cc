@@ -122,9 +122,9 @@ absl::string_view FinishReasonName(FinishReason reason) {
     case FinishReason::kLength:
       return "length";
     case FinishReason::kStopId:
-      return "stop id";
+      return "stop_id";
     case FinishReason::kStopText:
-      return "stop text";
+      return "stop_text";
   }
   return "none";
 }

@@ -221,7 +221,7 @@ enum class FinishReason {
   kStopId,    // stop_ids or an end-of-sequence id.
   kStopText,  // A string of `stop`.
 };
-// "length", "stop id", "stop text"; "none".
+// "length", "stop_id", "stop_text"; "none".
 absl::string_view FinishReasonName(FinishReason reason);
 
 // One response of a Generate call, or all of a call joined.

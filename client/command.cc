@@ -23,6 +23,8 @@ constexpr CommandEntry kCommands[] = {
      &NewForwardCommand},
     {"stream", "Streams sequences chunk by chunk, joins the output, and measures the chunks' latency.",
      &NewStreamCommand},
+    {"generate", "Continues a prompt, or a session, token by token, and shows the text as it comes.",
+     &NewGenerateCommand},
     {"bench", "Loads a server with many sessions, and measures throughput and latency.", &NewBenchCommand},
     {"models", "Lists the server's models.", &NewModelsCommand},
     {"sessions", "Lists the server's named sessions.", &NewSessionsCommand},

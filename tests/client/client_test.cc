@@ -459,7 +459,7 @@ TEST_F(LettersTest, GenerationEndsWhereItIsTold) {
   EXPECT_EQ(Ids(by_text->tokens), std::vector<int64_t>(made.begin(), made.begin() + cut + 3));
   EXPECT_EQ(by_text->finish_reason, FinishReason::kStopText);
   EXPECT_EQ(by_text->matched_stop, stop);
-  EXPECT_EQ(FinishReasonName(by_text->finish_reason), "stop text");
+  EXPECT_EQ(FinishReasonName(by_text->finish_reason), "stop_text");
 
   absl::StatusOr<Generated> by_eos = client_.Generate({.prompt = "a", .max_tokens = 60}, nullptr);
   ASSERT_TRUE(by_eos.ok()) << by_eos.status();

@@ -1,7 +1,15 @@
 // The commands on a model over tokens.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <signal.h>
+#include <unistd.h>
 
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <thread>
+
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "tests/client/command_fixture.h"
 
 namespace deltanet {
@@ -9,12 +17,65 @@ namespace {
 
 using ::testing::AllOf;
 using ::testing::HasSubstr;
+using ::testing::MatchesRegex;
 using ::testing::Not;
+using ::testing::StartsWith;
 
 class LettersCommandsTest : public CommandsTest {
  protected:
   LettersCommandsTest() : CommandsTest(FakeService::Model::kLetters) {}
+
+  void Write(const std::string& name, const std::string& text) const {
+    std::ofstream(Path(name), std::ios::binary) << text;
+  }
+
+  FakeService ids_only_{FakeService::Model::kLettersWithoutTokenizer};
 };
+
+// The letters that follow `ids`.
+std::vector<int64_t> Continue(std::vector<int64_t> ids, int count) {
+  std::vector<int64_t> made;
+  for (int i = 0; i < count; ++i) {
+    made.push_back(FakeService::Expected(ids));
+    ids.push_back(made.back());
+  }
+  return made;
+}
+
+std::string ContinueText(const std::string& text, int count) {
+  std::vector<int64_t> ids = {FakeService::kBos};
+  ids.insert(ids.end(), text.begin(), text.end());
+  const std::vector<int64_t> made = Continue(ids, count);
+  return std::string(made.begin(), made.end());
+}
+
+TEST(TokenCommandsTest, HaveHelp) {
+  for (const char* command : {"generate"}) {
+    const Result help = RunCommand({command, "--help"});
+    EXPECT_EQ(help.exit_status, 0);
+    EXPECT_THAT(help.out, StartsWith("Usage: deltanet-client " + std::string(command)));
+    EXPECT_THAT(RunCommand({"--help"}).out, HasSubstr("\n  " + std::string(command) + " "));
+  }
+}
+
+TEST(TokenCommandsTest, WrongCommandLinesExitWith2) {
+  const std::vector<std::pair<std::vector<std::string>, std::string>> cases = {
+      {{"generate", "--prompt", "x", "--ids", "1"}, "--prompt and --ids exclude each other"},
+      {{"generate", "--ids", "1,x"}, "--ids is '1,x', want integers of at least 0"},
+      {{"generate", "--expected-position", "1"}, "--expected-position wants --session"},
+      {{"generate", "--top-p", "0"}, "--top-p is 0, want more than 0 and at most 1"},
+      {{"generate", "--top-p", "1.5"}, "--top-p is 1.5, want more than 0 and at most 1"},
+      {{"generate", "--top-k", "4294967296"}, "--top-k is 4294967296, want at most 2147483647"},
+      {{"generate", "--top-log-probs", "65"}, "--top-log-probs is 65, want at most 64"},
+      {{"generate", "--seed", "-1"}, "--seed is '-1'"},
+  };
+  for (const auto& [arguments, message] : cases) {
+    const Result result = RunCommand(arguments);
+    EXPECT_EQ(result.exit_status, 2) << message;
+    EXPECT_THAT(result.err, HasSubstr(message));
+    EXPECT_EQ(result.out, "");
+  }
+}
 
 TEST_F(LettersCommandsTest, ModelsSayWhatTheyGenerate) {
   EXPECT_THAT(
@@ -23,6 +84,166 @@ TEST_F(LettersCommandsTest, ModelsSayWhatTheyGenerate) {
             HasSubstr("a text begins with 1\n"), HasSubstr("a text ends with   2\n")));
   FakeService values;
   EXPECT_THAT(RunCommand({"models", "--server", values.address()}).out, Not(HasSubstr("generates")));
+}
+
+TEST_F(LettersCommandsTest, GeneratesText) {
+  Write("prompt", "Once ");
+  for (const std::vector<std::string>& prompt :
+       {std::vector<std::string>{"--prompt", "Once "}, {"--prompt-file", Path("prompt")}}) {
+    std::vector<std::string> arguments = prompt;
+    arguments.insert(arguments.end(), {"--max-tokens", "7"});
+    const Result result = Ask("generate", arguments);
+    EXPECT_EQ(result.exit_status, 0) << result.err;
+    EXPECT_EQ(result.out, ContinueText("Once ", 7) + "\n");
+    EXPECT_THAT(result.err, MatchesRegex("finished by length: prompt 6 tokens, generated 7\n"
+                                         "first token after [0-9.]+ ms, then [0-9.]+ tokens/s\n"));
+  }
+}
+
+TEST_F(LettersCommandsTest, GeneratesIdsWhereThereIsNoTokenizer) {
+  Write("ids", "5, 6\n7\t");
+  const std::vector<int64_t> made = Continue({5, 6, 7}, 3);
+  for (const std::vector<std::string>& prompt :
+       {std::vector<std::string>{"--ids", "5,6,7"}, {"--ids-file", Path("ids")}}) {
+    std::vector<std::string> arguments = {"generate", "--server", ids_only_.address(), "--max-tokens", "3"};
+    arguments.insert(arguments.end(), prompt.begin(), prompt.end());
+    const Result result = RunCommand(arguments);
+    EXPECT_EQ(result.exit_status, 0) << result.err;
+    EXPECT_EQ(result.out, absl::StrJoin(made, " ") + "\n");
+  }
+  const Result text = RunCommand({"generate", "--server", ids_only_.address(), "--prompt", "x"});
+  EXPECT_EQ(text.exit_status, 1);
+  EXPECT_THAT(text.err, HasSubstr("FAILED_PRECONDITION (NO_TOKENIZER)"));
+  EXPECT_EQ(text.out, "");
+}
+
+TEST_F(LettersCommandsTest, AWrongIdInAFileIsNamed) {
+  Write("ids", "5 6 seven");
+  const Result result = Ask("generate", {"--ids-file", Path("ids")});
+  EXPECT_EQ(result.exit_status, 1);
+  EXPECT_THAT(result.err, HasSubstr("/ids has 'seven' as id 3, want an integer of at least 0"));
+  EXPECT_THAT(Ask("generate", {"--prompt-file", Path("nothing")}).err, HasSubstr("/nothing"));
+}
+
+TEST_F(LettersCommandsTest, GenerationGoesOnInASession) {
+  const Result first = Ask("generate", {"--prompt", "ab", "--max-tokens", "2", "--create-session"});
+  ASSERT_EQ(first.exit_status, 0) << first.err;
+  EXPECT_THAT(first.err, HasSubstr("\nsession made-1 at 5\n"));
+  const Result second =
+      Ask("generate", {"--session", "made-1", "--max-tokens", "3", "--expected-position", "5"});
+  ASSERT_EQ(second.exit_status, 0) << second.err;
+  EXPECT_EQ(first.out.substr(0, 2) + second.out, ContinueText("ab", 5) + "\n");
+  EXPECT_THAT(second.err, AllOf(StartsWith("finished by length: prompt 0 tokens, generated 3\n"),
+                                HasSubstr("\nsession made-1 at 8\n")));
+  EXPECT_THAT(Ask("generate", {"--session", "made-1", "--expected-position", "5"}).err,
+              HasSubstr("POSITION_MISMATCH"));
+}
+
+TEST_F(LettersCommandsTest, GenerationStopsAsTold) {
+  const std::string text = ContinueText("a", 20);
+  const std::string stop = text.substr(9, 3);
+  Result result = Ask("generate", {"--prompt", "a", "--stop", "nowhere", "--stop", stop});
+  EXPECT_EQ(result.out, text.substr(0, text.find(stop)) + "\n");
+  EXPECT_THAT(result.err, StartsWith("finished by stop_text: "));
+  result = Ask("generate", {"--prompt", "a", "--stop-ids", "3," + std::to_string(text[0])});
+  EXPECT_EQ(result.out, text.substr(0, 1) + "\n");
+  EXPECT_THAT(result.err, MatchesRegex("finished by stop_id: prompt 2 tokens, generated 1\n"
+                                       "first token after [0-9.]+ ms\n"));
+  EXPECT_THAT(Ask("generate", {"--prompt", "a"}).err,
+              HasSubstr("finished by stop_id: prompt 2 tokens, generated 49"));
+  EXPECT_THAT(Ask("generate", {"--prompt", "a", "--ignore-eos"}).err,
+              HasSubstr("finished by length: prompt 2 tokens, generated 100"));
+}
+
+TEST_F(LettersCommandsTest, SampledTextCanBeRepeatedByItsSeed) {
+  const std::vector<std::string> arguments = {"--prompt", "a", "--max-tokens", "5", "--temperature", "0.7"};
+  const auto with_seed = [&](const std::string& seed) {
+    std::vector<std::string> all = arguments;
+    all.insert(all.end(), {"--seed", seed});
+    return Ask("generate", all);
+  };
+  const Result first = Ask("generate", arguments);
+  EXPECT_THAT(first.err, HasSubstr("\nseed 77\n"));
+  EXPECT_EQ(with_seed("77").out, first.out);
+  const Result other = with_seed("18446744073709551615");
+  EXPECT_NE(other.out, first.out);
+  EXPECT_THAT(other.err, HasSubstr("\nseed 18446744073709551615\n"));
+}
+
+TEST_F(LettersCommandsTest, ShowsLogProbabilities) {
+  const Result result = Ask("generate", {"--ids", "5", "--max-tokens", "2", "--top-log-probs", "2"});
+  ASSERT_EQ(result.exit_status, 0) << result.err;
+  const std::vector<int64_t> made = Continue({5}, 2);
+  EXPECT_EQ(result.out, absl::StrFormat("%8d    -0.2500  of %d -0.2500, %d -0.5000  \"%c\"\n"
+                                        "%8d    -0.2500  of %d -0.2500, %d -0.5000  \"%c\"\n",
+                                        made[0], made[0], made[0] + 1, static_cast<char>(made[0]), made[1],
+                                        made[1], made[1] + 1, static_cast<char>(made[1])));
+}
+
+TEST_F(LettersCommandsTest, WritesALineOfJsonForEachResponse) {
+  const Result result =
+      Ask("generate", {"--ids", "5", "--max-tokens", "2", "--top-log-probs", "1", "--temperature", "1",
+                       "--seed", "0", "--session", "s", "--create-session", "--json"});
+  ASSERT_EQ(result.exit_status, 0) << result.err;
+  std::vector<nlohmann::json> lines;
+  std::istringstream stream(result.out);
+  for (std::string line; std::getline(stream, line);) lines.push_back(nlohmann::json::parse(line));
+  ASSERT_EQ(lines.size(), 2u);
+  const int64_t id = lines[0]["tokens"][0]["id"];
+  EXPECT_EQ(lines[0]["tokens"][0]["log_prob"], FakeService::LogProb({5}, id));
+  EXPECT_EQ(lines[0]["tokens"][0]["top_ids"], nlohmann::json({FakeService::Expected({5})}));
+  EXPECT_EQ(lines[0]["tokens"][0]["top_log_probs"], nlohmann::json({-0.25}));
+  EXPECT_EQ(lines[0]["text"], std::string(1, static_cast<char>(id)));
+  EXPECT_EQ(lines[0]["seed"], 0);
+  EXPECT_EQ(lines[0]["session_id"], "s");
+  EXPECT_FALSE(lines[0].contains("finish_reason"));
+  EXPECT_FALSE(lines[1].contains("seed"));
+  EXPECT_EQ(lines[1]["finish_reason"], "length");
+  EXPECT_EQ(lines[1]["usage"]["prompt_tokens"], 1);
+  EXPECT_EQ(lines[1]["usage"]["generated_tokens"], 2);
+  EXPECT_EQ(lines[1]["usage"]["time_to_first_token_ms"], 1.5);
+  EXPECT_EQ(lines[1]["committed_position"], 3);
+  EXPECT_NEAR(lines[1]["timing_ms"]["computing"], 0.3, 1e-9);
+}
+
+TEST_F(LettersCommandsTest, AnErrorInTheMidstComesAfterTheText) {
+  const Result result = Ask("generate", {"--prompt", FakeService::kBreak});
+  EXPECT_EQ(result.exit_status, 1);
+  EXPECT_EQ(result.out, ContinueText(FakeService::kBreak, 1) + "\n");
+  EXPECT_EQ(result.err, "deltanet-client generate: UNAVAILABLE (DRAINING): shutting down\n");
+}
+
+TEST_F(LettersCommandsTest, CtrlCCancelsGeneration) {
+  std::thread user([this] {
+    service_.AwaitHeld(1);
+    // The call has come; it is a moment until its client listens.
+    struct sigaction action = {};
+    do {
+      std::this_thread::yield();
+      ASSERT_EQ(::sigaction(SIGINT, nullptr, &action), 0);
+    } while (action.sa_handler == SIG_DFL);
+    ASSERT_EQ(::kill(::getpid(), SIGINT), 0);
+  });
+  const Result result =
+      Ask("generate", {"--prompt", FakeService::kHold, "--session", "s", "--create-session"});
+  user.join();
+  EXPECT_EQ(result.exit_status, 1);
+  EXPECT_THAT(result.err,
+              MatchesRegex("deltanet-client generate: CANCELLED: interrupted after [01] tokens; the session "
+                           "stands where it was\n"));
+  service_.AwaitCancelled();
+  struct sigaction action = {};
+  ASSERT_EQ(::sigaction(SIGINT, nullptr, &action), 0);
+  EXPECT_EQ(action.sa_handler, SIG_DFL);
+}
+
+TEST_F(LettersCommandsTest, GenerationEndsWhereItsOutputIsClosed) {
+  std::ostringstream out, err;
+  out.setstate(std::ios::badbit);
+  EXPECT_EQ(
+      RunClient({"generate", "--server", service_.address(), "--prompt", FakeService::kHold}, {out, err}), 1);
+  EXPECT_EQ(err.str(), "deltanet-client generate: ABORTED: the output cannot be written\n");
+  service_.AwaitCancelled();
 }
 
 }  // namespace
