@@ -6,6 +6,7 @@
 #include <numeric>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "model/base/check.h"
@@ -13,6 +14,7 @@
 #include "model/ops/cpu/dispatch.h"
 #include "model/ops/delta_rule.h"
 #include "model/ops/elementwise.h"
+#include "model/ops/readout.h"
 #include "model/ops/rms_norm.h"
 #include "model/ops/short_conv.h"
 
@@ -202,6 +204,32 @@ void ShortConvQkvBench(benchmark::State& state, const CpuKernels* kernels) {
   Report(state, 8.0 * static_cast<double>(N * qkv), 8.0 * static_cast<double>(N * width + R * 3 * qkv));
 }
 
+// 16 rows of W logits. GB counts one reading of them.
+void ReadoutBench(benchmark::State& state, const CpuKernels* kernels, const ReadoutRequest& request) {
+  constexpr int64_t kRows = 16;
+  const int64_t W = state.range(0);
+  SetCpuKernelsForTesting(kernels);
+  const std::vector<float> logits = Random(kRows * W, 3.0f);
+  std::vector<ReadoutRequest> requests(kRows, request);
+  for (int64_t m = 0; m < kRows; ++m) requests[m].counter = m;
+  std::vector<int32_t> ids(kRows), top_ids(kRows * kMaxTopTokens);
+  std::vector<float> log_probs(kRows), top_log_probs(kRows * kMaxTopTokens);
+  const ReadoutArgs args{.rows = kRows,
+                         .vocabulary = W,
+                         .logits = logits.data(),
+                         .logits_stride = W,
+                         .requests = requests.data(),
+                         .ids = ids.data(),
+                         .log_probs = log_probs.data(),
+                         .top_ids = top_ids.data(),
+                         .top_log_probs = top_log_probs.data()};
+  for (auto _ : state) {
+    Check(Readout(args, OneCore()));
+    benchmark::ClobberMemory();
+  }
+  Report(state, 0, kRows * W * 4.0);
+}
+
 void RegisterAll() {
   for (CpuIsa isa : {CpuIsa::kGeneric, CpuIsa::kAvx2, CpuIsa::kAvx512}) {
     const CpuKernels* const kernels = CpuKernelsFor(isa);
@@ -234,6 +262,20 @@ void RegisterAll() {
         ->ArgNames({"R", "T", "H", "K"})
         ->ArgsProduct({{1, 16}, {1}, {16}, {128}})
         ->ArgsProduct({{1}, {512}, {16}, {64, 128}});
+    const std::pair<const char*, ReadoutRequest> readouts[] = {
+        {"ReadoutScore", {.target = 7}},
+        {"ReadoutTop20", {.top = 20}},
+        {"ReadoutGreedy", {.sample = 1}},
+        {"ReadoutSample", {.sample = 1, .temperature = 0.8f}},
+        {"ReadoutSampleTopK", {.sample = 1, .temperature = 0.8f, .top_k = 50}},
+        {"ReadoutSampleTopP", {.sample = 1, .temperature = 0.8f, .top_p = 0.95f}},
+        {"ReadoutSampleTopKTopP", {.sample = 1, .temperature = 0.8f, .top_k = 50, .top_p = 0.95f}},
+    };
+    for (const auto& [what, request] : readouts) {
+      benchmark::RegisterBenchmark(name(what).c_str(), ReadoutBench, kernels, request)
+          ->ArgNames({"W"})
+          ->Args({32000});
+    }
   }
 }
 
