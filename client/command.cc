@@ -25,6 +25,8 @@ constexpr CommandEntry kCommands[] = {
      &NewStreamCommand},
     {"generate", "Continues a prompt, or a session, token by token, and shows the text as it comes.",
      &NewGenerateCommand},
+    {"score", "Says how likely each token of a text is after those before it, and the text's perplexity.",
+     &NewScoreCommand},
     {"bench", "Loads a server with many sessions, and measures throughput and latency.", &NewBenchCommand},
     {"models", "Lists the server's models.", &NewModelsCommand},
     {"sessions", "Lists the server's named sessions.", &NewSessionsCommand},

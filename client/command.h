@@ -34,6 +34,7 @@ class Command {
 std::unique_ptr<Command> NewForwardCommand();
 std::unique_ptr<Command> NewStreamCommand();
 std::unique_ptr<Command> NewGenerateCommand();
+std::unique_ptr<Command> NewScoreCommand();
 std::unique_ptr<Command> NewBenchCommand();
 std::unique_ptr<Command> NewCompareCommand();
 std::unique_ptr<Command> NewMakeInputCommand();

@@ -132,7 +132,7 @@ std::string JsonLine(const Generated& response, bool with_log_probs, bool with_s
   nlohmann::ordered_json json;
   if (!response.session_id.empty()) json["session_id"] = response.session_id;
   json["tokens"] = nlohmann::ordered_json::array();
-  for (const GeneratedToken& token : response.tokens) {
+  for (const TokenResult& token : response.tokens) {
     nlohmann::ordered_json& made = json["tokens"].emplace_back();
     made["id"] = token.id;
     if (!with_log_probs) continue;
@@ -202,7 +202,7 @@ class GenerateCommand : public Command {
     Course course;
     std::atomic<bool> interrupted{false};
     course.start = absl::Now();
-    const std::unique_ptr<Generation> generation = client.OpenGeneration(options);
+    const std::unique_ptr<GenerationStream> generation = client.OpenGeneration(options);
     absl::Status status;
     {
       const InterruptHandler handler([&] {
@@ -277,7 +277,7 @@ class GenerateCommand : public Command {
       output.out << JsonLine(response, top_log_probs_.has_value(), course.responses == 0 && temperature_ > 0)
                  << "\n";
     } else if (top_log_probs_) {
-      for (const GeneratedToken& token : response.tokens) {
+      for (const TokenResult& token : response.tokens) {
         output.out << absl::StrFormat("%8d %10.4f", token.id, token.log_prob);
         if (!token.top_ids.empty()) {
           output.out << "  of "
@@ -290,7 +290,7 @@ class GenerateCommand : public Command {
       output.out << response.text;
     } else {
       bool first = course.tokens == 0;
-      for (const GeneratedToken& token : response.tokens) {
+      for (const TokenResult& token : response.tokens) {
         output.out << (std::exchange(first, false) ? "" : " ") << token.id;
       }
     }
@@ -331,8 +331,86 @@ class GenerateCommand : public Command {
   bool json_ = false;
 };
 
+class ScoreCommand : public Command {
+ public:
+  void AddFlags(FlagSet* flags) override {
+    prompt_.AddTo(flags);
+    flags->Add("top", "N",
+               "also say what the model expected in each token's place: the N (1 to 64) most likely", 1,
+               &top_);
+  }
+
+  absl::Status CheckFlags(const FlagSet& flags) const override {
+    RETURN_IF_ERROR(prompt_.Check(flags, /*required=*/true));
+    if (top_.value_or(0) > kMaxTop) {
+      return absl::InvalidArgumentError(absl::StrCat("--top is ", *top_, ", want at most ", kMaxTop));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status Run(const Output& output) override {
+    ASSIGN_OR_RETURN(const Prompt prompt, prompt_.Read());
+    ASSIGN_OR_RETURN(const Client client, prompt_.server.Connect());
+    ASSIGN_OR_RETURN(const std::vector<int64_t> ids, Ids(client, prompt));
+    ForwardOptions options;
+    options.model = prompt_.model;
+    options.session = prompt_.session();
+    options.expected_position = prompt_.expected_position;
+    options.timeout = prompt_.timeout;
+    ASSIGN_OR_RETURN(const ForwardResult scores,
+                     client.Score(ids, static_cast<int32_t>(top_.value_or(0)), options));
+    if (scores.log_probs.size() > ids.size()) {
+      return absl::DataLossError(absl::StrCat("malformed response: ", scores.log_probs.size(),
+                                              " log-probabilities for ", ids.size(), " ids"));
+    }
+    Show(scores, ids, output);
+    return absl::OkStatus();
+  }
+
+ private:
+  // A fresh sequence's text begins as Generate has it.
+  absl::StatusOr<std::vector<int64_t>> Ids(const Client& client, const Prompt& prompt) const {
+    if (const auto* const ids = std::get_if<std::vector<int64_t>>(&prompt)) return *ids;
+    bool add_bos = false;
+    if (prompt_.session_id.empty() || prompt_.create_session) {
+      ASSIGN_OR_RETURN(const ModelInfo model, client.GetModel(prompt_.model));
+      add_bos = model.bos_id.has_value();
+    }
+    return client.Tokenize(prompt_.model, std::get<std::string>(prompt), add_bos);
+  }
+
+  void Show(const ForwardResult& scores, const std::vector<int64_t>& ids, const Output& output) const {
+    const size_t count = scores.log_probs.size(), k = scores.top.k;
+    const int64_t* const scored = ids.data() + (ids.size() - count);
+    double total = 0;
+    output.out << absl::StrFormat("%8s %8s %10s\n", "POSITION", "ID", "LOG-PROB");
+    for (size_t i = 0; i < count; ++i) {
+      total += scores.log_probs[i];
+      output.out << absl::StrFormat("%8d %8d %10.4f", scores.output_position + static_cast<int64_t>(i),
+                                    scored[i], scores.log_probs[i]);
+      if ((i + 1) * k <= scores.top.ids.size() && k > 0) {
+        output.out << "  of " << TopText(&scores.top.ids[i * k], &scores.top.log_probs[i * k], k);
+      }
+      output.out << "\n";
+    }
+    output.out << absl::StrFormat("total %.4f of %d tokens", total, count);
+    if (count > 0) {
+      const double mean = total / static_cast<double>(count);
+      output.out << absl::StrFormat(", %.4f a token: perplexity %.6g", mean, std::exp(-mean));
+    }
+    output.out << "\n";
+    if (!scores.session_id.empty()) {
+      output.out << "session " << scores.session_id << " at " << scores.committed_position << "\n";
+    }
+  }
+
+  PromptFlags prompt_{"text"};
+  std::optional<int64_t> top_;
+};
+
 }  // namespace
 
 std::unique_ptr<Command> NewGenerateCommand() { return std::make_unique<GenerateCommand>(); }
+std::unique_ptr<Command> NewScoreCommand() { return std::make_unique<ScoreCommand>(); }
 
 }  // namespace deltanet

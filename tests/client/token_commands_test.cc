@@ -4,6 +4,7 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <cmath>
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <thread>
@@ -50,7 +51,7 @@ std::string ContinueText(const std::string& text, int count) {
 }
 
 TEST(TokenCommandsTest, HaveHelp) {
-  for (const char* command : {"generate"}) {
+  for (const char* command : {"generate", "score"}) {
     const Result help = RunCommand({command, "--help"});
     EXPECT_EQ(help.exit_status, 0);
     EXPECT_THAT(help.out, StartsWith("Usage: deltanet-client " + std::string(command)));
@@ -67,6 +68,10 @@ TEST(TokenCommandsTest, WrongCommandLinesExitWith2) {
       {{"generate", "--top-p", "1.5"}, "--top-p is 1.5, want more than 0 and at most 1"},
       {{"generate", "--top-k", "4294967296"}, "--top-k is 4294967296, want at most 2147483647"},
       {{"generate", "--top-log-probs", "65"}, "--top-log-probs is 65, want at most 64"},
+      {{"score"}, "--text, --text-file, --ids or --ids-file is missing"},
+      {{"score", "--text-file", "x", "--ids-file", "y"}, "--text-file and --ids-file exclude each other"},
+      {{"score", "--ids", "1", "--top", "65"}, "--top is 65, want at most 64"},
+      {{"score", "--ids", "1", "--top", "0"}, "--top is '0'"},
       {{"generate", "--seed", "-1"}, "--seed is '-1'"},
   };
   for (const auto& [arguments, message] : cases) {
@@ -244,6 +249,43 @@ TEST_F(LettersCommandsTest, GenerationEndsWhereItsOutputIsClosed) {
       RunClient({"generate", "--server", service_.address(), "--prompt", FakeService::kHold}, {out, err}), 1);
   EXPECT_EQ(err.str(), "deltanet-client generate: ABORTED: the output cannot be written\n");
   service_.AwaitCancelled();
+}
+
+TEST_F(LettersCommandsTest, ScoresATextBehindItsBeginning) {
+  const double a = FakeService::LogProb({FakeService::kBos}, 'a'),
+               b = FakeService::LogProb({FakeService::kBos, 'a'}, 'b');
+  const Result result = Ask("score", {"--text", "ab"});
+  ASSERT_EQ(result.exit_status, 0) << result.err;
+  EXPECT_EQ(result.out, absl::StrFormat("POSITION       ID   LOG-PROB\n"
+                                        "       1       97 %10.4f\n"
+                                        "       2       98 %10.4f\n"
+                                        "total %.4f of 2 tokens, %.4f a token: perplexity %.6g\n",
+                                        a, b, a + b, (a + b) / 2, std::exp(-(a + b) / 2)));
+}
+
+TEST_F(LettersCommandsTest, ScoresGoOnInASession) {
+  Result result = Ask("score", {"--ids", "5", "--session", "s", "--create-session"});
+  ASSERT_EQ(result.exit_status, 0) << result.err;
+  EXPECT_THAT(result.out, HasSubstr("LOG-PROB\ntotal 0.0000 of 0 tokens\nsession s at 1\n"));
+  const int64_t expected = FakeService::Expected({5});
+  // No begin-of-sequence id in the midst.
+  result = Ask("score", {"--text", "z", "--session", "s", "--top", "2", "--expected-position", "1"});
+  ASSERT_EQ(result.exit_status, 0) << result.err;
+  EXPECT_THAT(result.out,
+              AllOf(HasSubstr(absl::StrFormat("\n       1      122 %10.4f  of %d -0.2500, %d -0.5000\n",
+                                              FakeService::LogProb({5}, 'z'), expected, expected + 1)),
+                    HasSubstr("of 1 tokens"), HasSubstr("\nsession s at 2\n")));
+}
+
+TEST_F(LettersCommandsTest, TextsThatTheModelMakesScoreBest) {
+  const Result made = Ask("generate", {"--prompt", "ab", "--max-tokens", "20"});
+  ASSERT_EQ(made.exit_status, 0) << made.err;
+  ASSERT_EQ(Ask("generate", {"--prompt", "ab", "--max-tokens", "1", "--session", "s", "--create-session"})
+                .exit_status,
+            0);
+  // Of which the session has taken in the first token.
+  const Result scored = Ask("score", {"--text", made.out.substr(1, 19), "--session", "s"});
+  EXPECT_THAT(scored.out, HasSubstr("total -4.7500 of 19 tokens, -0.2500 a token: perplexity 1.28403\n"));
 }
 
 }  // namespace
