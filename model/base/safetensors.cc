@@ -310,15 +310,6 @@ int WriteAll(int file_descriptor, const void* data, int64_t bytes) {
   return 0;
 }
 
-// Writes `header` and the data of `tensors` to a new file. 0 or an errno.
-int WriteFile(int file_descriptor, const std::string& header, const std::vector<const TensorView*>& tensors) {
-  if (const int error = WriteAll(file_descriptor, header.data(), header.size()); error != 0) return error;
-  for (const TensorView* tensor : tensors) {
-    if (const int error = WriteAll(file_descriptor, tensor->data, tensor->bytes()); error != 0) return error;
-  }
-  return 0;
-}
-
 }  // namespace
 
 absl::StatusOr<std::map<std::string, SafetensorsEntry>> ParseSafetensorsHeader(absl::string_view header_json,
@@ -448,39 +439,27 @@ absl::Status SafetensorsReader::ReadRange(const SafetensorsEntry& entry, int64_t
   return status.ok() ? status : WithPath(status, path_);
 }
 
-absl::Status WriteSafetensors(const std::string& path,
-                              const std::vector<std::pair<std::string, TensorView>>& tensors) {
-  std::vector<const std::pair<std::string, TensorView>*> in_order;
-  std::set<absl::string_view> names;
-  for (const auto& tensor : tensors) {
-    DELTANET_CHECK(tensor.second.device.type == DeviceType::kCpu, "tensors to be written are on the CPU");
-    if (tensor.first == kMetadata)
-      return absl::InvalidArgumentError(absl::StrCat(kMetadata, " is no tensor's name"));
-    if (!names.insert(tensor.first).second) {
-      return absl::InvalidArgumentError(absl::StrCat("tensor ", Quoted(tensor.first), " is given twice"));
-    }
-    in_order.push_back(&tensor);
-  }
-  std::stable_sort(in_order.begin(), in_order.end(), [](const auto* a, const auto* b) {
-    return DTypeBytes(a->second.dtype) > DTypeBytes(b->second.dtype);
-  });
-
+absl::StatusOr<SafetensorsWriter> SafetensorsWriter::Create(const std::string& path,
+                                                            const std::vector<Tensor>& tensors) {
   std::string header = "{";
-  std::vector<const TensorView*> data;
+  std::set<absl::string_view> names;
   int64_t end = 0;
-  for (const auto* tensor : in_order) {
-    const TensorView& view = tensor->second;
+  for (const Tensor& tensor : tensors) {
+    if (tensor.name == kMetadata)
+      return absl::InvalidArgumentError(absl::StrCat(kMetadata, " is no tensor's name"));
+    if (!names.insert(tensor.name).second) {
+      return absl::InvalidArgumentError(absl::StrCat("tensor ", Quoted(tensor.name), " is given twice"));
+    }
     std::string name;
     try {
-      name = nlohmann::json(tensor->first).dump();
+      name = nlohmann::json(tensor.name).dump();
     } catch (const nlohmann::json::type_error&) {
-      return absl::InvalidArgumentError(absl::StrCat("tensor name ", Quoted(tensor->first), " is not UTF-8"));
+      return absl::InvalidArgumentError(absl::StrCat("tensor name ", Quoted(tensor.name), " is not UTF-8"));
     }
     const int64_t begin = end;
-    end += view.bytes();
-    absl::StrAppend(&header, data.empty() ? "" : ",", name, ":{\"dtype\":\"", TagOf(view.dtype),
-                    "\",\"shape\":", ShapeString(view.shape), ",\"data_offsets\":[", begin, ",", end, "]}");
-    data.push_back(&view);
+    end += NumElements(tensor.shape) * DTypeBytes(tensor.dtype);
+    absl::StrAppend(&header, names.size() == 1 ? "" : ",", name, ":{\"dtype\":\"", TagOf(tensor.dtype),
+                    "\",\"shape\":", ShapeString(tensor.shape), ",\"data_offsets\":[", begin, ",", end, "]}");
   }
   header.push_back('}');
   header.append((kLengthBytes - header.size() % kLengthBytes) % kLengthBytes, ' ');
@@ -498,12 +477,67 @@ absl::Status WriteSafetensors(const std::string& path,
     if (file_descriptor < 0 && errno != EEXIST) break;
   }
   if (file_descriptor < 0) return WriteError(temporary, errno);
-  int error = WriteFile(file_descriptor, header, data);
-  if (close(file_descriptor) != 0 && error == 0) error = errno;
-  if (error == 0 && std::rename(temporary.c_str(), path.c_str()) != 0) error = errno;
+  SafetensorsWriter writer(path, temporary, file_descriptor, end);
+  if (const int error = WriteAll(file_descriptor, header.data(), header.size()); error != 0) {
+    return WriteError(path, error);
+  }
+  return writer;
+}
+
+SafetensorsWriter::SafetensorsWriter(std::string path, std::string temporary, int file_descriptor,
+                                     int64_t missing_bytes)
+    : path_(std::move(path)),
+      temporary_(std::move(temporary)),
+      file_descriptor_(file_descriptor),
+      missing_bytes_(missing_bytes) {}
+
+SafetensorsWriter::SafetensorsWriter(SafetensorsWriter&& other) noexcept
+    : path_(std::move(other.path_)),
+      temporary_(std::move(other.temporary_)),
+      file_descriptor_(std::exchange(other.file_descriptor_, -1)),
+      missing_bytes_(other.missing_bytes_) {}
+
+SafetensorsWriter::~SafetensorsWriter() {
+  if (file_descriptor_ < 0) return;
+  close(file_descriptor_);
+  unlink(temporary_.c_str());
+}
+
+absl::Status SafetensorsWriter::Append(const void* data, int64_t bytes) {
+  DELTANET_CHECK(bytes <= missing_bytes_, "no more than the tensors hold");
+  if (const int error = WriteAll(file_descriptor_, data, bytes); error != 0) return WriteError(path_, error);
+  missing_bytes_ -= bytes;
+  return absl::OkStatus();
+}
+
+absl::Status SafetensorsWriter::Finish() {
+  DELTANET_CHECK(missing_bytes_ == 0, "all that the tensors hold");
+  int error = close(std::exchange(file_descriptor_, -1)) != 0 ? errno : 0;
+  if (error == 0 && std::rename(temporary_.c_str(), path_.c_str()) != 0) error = errno;
   if (error == 0) return absl::OkStatus();
-  unlink(temporary.c_str());
-  return WriteError(path, error);
+  unlink(temporary_.c_str());
+  return WriteError(path_, error);
+}
+
+absl::Status WriteSafetensors(const std::string& path,
+                              const std::vector<std::pair<std::string, TensorView>>& tensors) {
+  std::vector<const std::pair<std::string, TensorView>*> in_order;
+  for (const auto& tensor : tensors) {
+    DELTANET_CHECK(tensor.second.device.type == DeviceType::kCpu, "tensors to be written are on the CPU");
+    in_order.push_back(&tensor);
+  }
+  std::stable_sort(in_order.begin(), in_order.end(), [](const auto* a, const auto* b) {
+    return DTypeBytes(a->second.dtype) > DTypeBytes(b->second.dtype);
+  });
+  std::vector<SafetensorsWriter::Tensor> described;
+  for (const auto* tensor : in_order) {
+    described.push_back({tensor->first, tensor->second.shape, tensor->second.dtype});
+  }
+  ASSIGN_OR_RETURN(SafetensorsWriter writer, SafetensorsWriter::Create(path, described));
+  for (const auto* tensor : in_order) {
+    RETURN_IF_ERROR(writer.Append(tensor->second.data, tensor->second.bytes()));
+  }
+  return writer.Finish();
 }
 
 }  // namespace deltanet

@@ -72,10 +72,42 @@ absl::StatusOr<std::map<std::string, SafetensorsEntry>> ParseSafetensorsHeader(a
                                                                                int64_t data_start,
                                                                                int64_t file_bytes);
 
-// Writes CPU tensors to `path`, replacing it at once (a temporary file beside it, then a rename). The data
-// are ordered by element size, so that each tensor is aligned. INVALID_ARGUMENT for a name that is repeated,
-// reserved or not UTF-8; NOT_FOUND (no such directory), PERMISSION_DENIED, RESOURCE_EXHAUSTED (disk full) or
-// INTERNAL from the file system. After an error `path` is as it was.
+// Writes a file piece by piece, for tensors that together need not fit into memory: a temporary file beside
+// `path`, which Finish renames to it; without Finish `path` is as it was. Confined to one thread. Movable.
+class SafetensorsWriter {
+ public:
+  struct Tensor {
+    std::string name;
+    Shape shape;
+    DType dtype = DType::kFloat32;
+  };
+
+  // The tensors in the order of the file: where all have elements of one size, or the larger come first, each
+  // is aligned. INVALID_ARGUMENT for a name that is repeated, reserved or not UTF-8; NOT_FOUND (no such
+  // directory), PERMISSION_DENIED, RESOURCE_EXHAUSTED (disk full) or INTERNAL from the file system.
+  static absl::StatusOr<SafetensorsWriter> Create(const std::string& path,
+                                                  const std::vector<Tensor>& tensors);
+
+  SafetensorsWriter(SafetensorsWriter&& other) noexcept;
+  SafetensorsWriter& operator=(SafetensorsWriter&&) = delete;
+  ~SafetensorsWriter();
+
+  // The next bytes of the tensors' data, however they are cut. Errors of the file system as Create.
+  absl::Status Append(const void* data, int64_t bytes);
+  // Once all bytes of all tensors are there. Errors of the file system as Create.
+  absl::Status Finish();
+
+ private:
+  SafetensorsWriter(std::string path, std::string temporary, int file_descriptor, int64_t missing_bytes);
+
+  std::string path_;
+  std::string temporary_;
+  int file_descriptor_ = -1;
+  int64_t missing_bytes_ = 0;
+};
+
+// Writes CPU tensors to `path`, replacing it at once. The data are ordered by element size, so that each
+// tensor is aligned. Errors as SafetensorsWriter; after one, `path` is as it was.
 absl::Status WriteSafetensors(const std::string& path,
                               const std::vector<std::pair<std::string, TensorView>>& tensors);
 

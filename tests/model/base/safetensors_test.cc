@@ -444,6 +444,36 @@ TEST_F(SafetensorsTest, AFullDiskIsResourceExhaustedAndChangesNothing) {
   EXPECT_EQ(FilesInDirectory(), 1);
 }
 
+TEST_F(SafetensorsTest, WritesInPieces) {
+  const float floats[] = {1, 2, 3, 4, 5, 6};
+  const std::vector<SafetensorsWriter::Tensor> tensors = {{"a", {2, 2}, DType::kFloat32},
+                                                          {"b", {2}, DType::kFloat32}};
+  WriteBytes(path_, "as it was");
+  {
+    auto dropped = SafetensorsWriter::Create(path_, tensors);
+    ASSERT_TRUE(dropped.ok()) << dropped.status();
+    ASSERT_TRUE(dropped->Append(floats, 10).ok());
+    EXPECT_EQ(FilesInDirectory(), 2);
+  }
+  EXPECT_EQ(FilesInDirectory(), 1);
+  EXPECT_EQ(ReadBytes(path_), "as it was");
+
+  auto writer = SafetensorsWriter::Create(path_, tensors);
+  ASSERT_TRUE(writer.ok()) << writer.status();
+  const char* const bytes = reinterpret_cast<const char*>(floats);
+  ASSERT_TRUE(writer->Append(bytes, 7).ok());
+  SafetensorsWriter moved = *std::move(writer);
+  ASSERT_TRUE(moved.Append(bytes + 7, 17).ok());
+  EXPECT_EQ(ReadBytes(path_), "as it was");
+  ASSERT_TRUE(moved.Finish().ok());
+  EXPECT_EQ(FilesInDirectory(), 1);
+  const std::string in_pieces = ReadBytes(path_);
+  ASSERT_TRUE(WriteSafetensors(path_, {{"a", {floats, {2, 2}, DType::kFloat32, {}}},
+                                       {"b", {floats + 4, {2}, DType::kFloat32, {}}}})
+                  .ok());
+  EXPECT_EQ(in_pieces, ReadBytes(path_));
+}
+
 TEST_F(SafetensorsTest, SurvivesMutatedFiles) {
   std::mt19937 random(4);
   const std::string valid = File(kHeader, std::string(24, 'x'));
