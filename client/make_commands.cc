@@ -1,12 +1,16 @@
 // make-model, make-input and compare: random files to try the service with, and a judge of what comes out.
 #include <sys/stat.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cmath>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <map>
+#include <memory>
+#include <optional>
 #include <random>
 #include <system_error>
 #include <utility>
@@ -15,8 +19,10 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/strip.h"
+#include "absl/types/span.h"
 #include "client/command.h"
 #include "client/sequences.h"
+#include "model/base/checkpoint.h"
 #include "model/base/config.h"
 #include "model/base/safetensors.h"
 #include "model/base/status_macros.h"
@@ -24,48 +30,126 @@
 namespace deltanet {
 namespace {
 
-// Fills a tensor of floats from values made one by one, in float32.
+// Makes the elements of a tensor, in their order, as often as it is called.
+using Fill = std::function<void(absl::Span<float> values)>;
+
 template <typename Make>
-Tensor RandomTensor(DType dtype, const Shape& shape, Make make) {
-  std::vector<float> values(NumElements(shape));
-  for (float& value : values) value = static_cast<float>(make());
-  Tensor tensor{dtype, shape, std::string(values.size() * DTypeBytes(dtype), '\0')};
-  ConvertElements(values.data(), DType::kFloat32, tensor.data.data(), dtype,
-                  static_cast<int64_t>(values.size()));
-  return tensor;
+Fill OneByOne(Make make) {
+  return [make](absl::Span<float> values) mutable {
+    for (float& value : values) value = static_cast<float>(make());
+  };
+}
+
+// Random numbers as fast as they can be written: a weyl sequence through SplitMix64's finalizer.
+class FastRandom {
+ public:
+  explicit FastRandom(uint64_t seed) : state_(seed) {}
+
+  uint64_t operator()() {
+    state_ += 0x9e3779b97f4a7c15;
+    uint64_t z = state_;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+    return z ^ (z >> 31);
+  }
+  // Normal but for its tails, which end at 3.46: the sum of four uniform numbers, of mean 0 and variance 1.
+  float Normal() {
+    const uint64_t bits = (*this)();
+    const int32_t sum = static_cast<int32_t>((bits & 0xffff) + ((bits >> 16) & 0xffff) +
+                                             ((bits >> 32) & 0xffff) + (bits >> 48));
+    constexpr float kDeviation = 37837.227f;  // sqrt(4 (2^32 - 1) / 12)
+    return static_cast<float>(sum - 2 * 0xffff) * (1 / kDeviation);
+  }
+
+ private:
+  uint64_t state_;
+};
+
+// Writes one file of a checkpoint a block at a time.
+absl::Status WriteRandom(const std::string& path, absl::Span<const TensorSpec> specs, DType dtype,
+                         const std::function<Fill(const TensorSpec&)>& fill_of) {
+  std::vector<SafetensorsWriter::Tensor> tensors;
+  for (const TensorSpec& spec : specs) tensors.push_back({spec.name, spec.shape, dtype});
+  ASSIGN_OR_RETURN(SafetensorsWriter writer, SafetensorsWriter::Create(path, tensors));
+  constexpr int64_t kBlock = int64_t{1} << 18;
+  std::vector<float> values(kBlock);
+  std::vector<char> converted(kBlock * DTypeBytes(dtype));
+  for (const TensorSpec& spec : specs) {
+    const Fill fill = fill_of(spec);
+    int64_t left = NumElements(spec.shape);
+    while (left > 0) {
+      const int64_t count = std::min(left, kBlock);
+      fill({values.data(), static_cast<size_t>(count)});
+      ConvertElements(values.data(), DType::kFloat32, converted.data(), dtype, count);
+      RETURN_IF_ERROR(writer.Append(converted.data(), count * DTypeBytes(dtype)));
+      left -= count;
+    }
+  }
+  return writer.Finish();
+}
+
+absl::Status WriteText(const std::string& path, const std::string& text) {
+  std::ofstream file(path);
+  file << text;
+  file.close();
+  if (!file) return absl::InternalError(absl::StrCat("cannot write ", path, ": ", std::strerror(errno)));
+  return absl::OkStatus();
 }
 
 class MakeModelCommand : public Command {
  public:
   void AddFlags(FlagSet* flags) override {
-    flags->AddChoice("family", {"transformer_deltanet", "transformer_block", "deltanet_model"},
+    flags->AddChoice("family", {"transformer_deltanet", "transformer_block", "deltanet_model", "delta_net"},
                      "the model's family", &family_);
     flags->Require("family");
-    flags->Add("output", "DIRECTORY", "where config.json and model.safetensors go; made if it is not there",
+    flags->Add("output", "DIRECTORY", "where config.json and the weights go; made if it is not there",
                &output_);
     flags->Require("output");
     flags->Add("if-empty", "leave a directory that holds anything as it is", &if_empty_);
     flags->Add("d-model", "N", "width", 1, &d_model_);
     flags->Add("num-layers", "N", "layers (not transformer_block, which is one)", 1, &num_layers_);
-    flags->Add("num-heads", "N", "heads, which divide the width (deltanet_model)", 1, &num_heads_);
-    flags->Add("vocab-size", "N", "vocabulary (deltanet_model)", 1, &vocab_size_);
+    flags->Add("num-heads", "N", "heads, which divide the width (deltanet_model, delta_net)", 1, &num_heads_);
+    flags->Add("vocab-size", "N", "vocabulary (deltanet_model, delta_net)", 1, &vocab_size_);
     flags->Add("ff-hidden-dim", "N", "hidden width of the feed-forward layer (transformer_block)", 1,
                &ff_hidden_dim_);
     flags->Add("mlp-ratio", "X", "hidden width of the feed-forward layers by the width (deltanet_model)",
                &mlp_ratio_);
-    flags->Add("chunk-size", "N", "chunk_size to write; changes no output", 1, &chunk_size_);
-    flags->AddChoice("conv-padding", {"centered", "causal"}, "whether convolutions see one token ahead",
-                     &conv_padding_);
+    flags->Add(
+        "intermediate-size", "N",
+        "hidden width of the feed-forward layers (delta_net); absent: 8/3 of the width, up to a multiple "
+        "of 256",
+        1, &intermediate_size_);
+    flags->Add("expand-k", "X", "width of the keys by the width (delta_net)", &expand_k_);
+    flags->Add("expand-v", "X", "width of the values by the width (delta_net)", &expand_v_);
+    flags->Add("conv-size", "N", "taps of the short convolutions (delta_net)", 1, &conv_size_);
+    flags->Add("use-gate", "gate the mixer's output (delta_net)", &use_gate_);
+    flags->Add("tie-word-embeddings", "the embedding is the head too (delta_net)", &tie_word_embeddings_);
+    flags->Add("chunk-size", "N", "chunk_size to write; changes no output (not delta_net)", 1, &chunk_size_);
+    flags->AddChoice("conv-padding", {"centered", "causal"},
+                     "whether convolutions see one token ahead (not delta_net)", &conv_padding_);
     flags->Add("dtype", "of the weights", &dtype_);
+    flags->Add("shard-bytes", "N",
+               "spread the weights over files of at most so many bytes (a tensor is whole)", 1,
+               &shard_bytes_);
     flags->Add("seed", "N", "of the random numbers", 0, &seed_);
   }
 
   absl::Status CheckFlags(const FlagSet& flags) const override {
+    const bool delta_net = family_ == "delta_net";
+    const bool tokens = family_ == "deltanet_model" || delta_net;
     const std::pair<const char*, bool> applies[] = {{"num-layers", family_ != "transformer_block"},
-                                                    {"num-heads", family_ == "deltanet_model"},
-                                                    {"vocab-size", family_ == "deltanet_model"},
+                                                    {"num-heads", tokens},
+                                                    {"vocab-size", tokens},
                                                     {"ff-hidden-dim", family_ == "transformer_block"},
-                                                    {"mlp-ratio", family_ == "deltanet_model"}};
+                                                    {"mlp-ratio", family_ == "deltanet_model"},
+                                                    {"intermediate-size", delta_net},
+                                                    {"expand-k", delta_net},
+                                                    {"expand-v", delta_net},
+                                                    {"conv-size", delta_net},
+                                                    {"use-gate", delta_net},
+                                                    {"tie-word-embeddings", delta_net},
+                                                    {"chunk-size", !delta_net},
+                                                    {"conv-padding", !delta_net}};
     for (const auto& [name, used] : applies) {
       if (!used && flags.given(name)) {
         return absl::InvalidArgumentError(absl::StrCat("--", name, " is not for family ", family_));
@@ -95,19 +179,10 @@ class MakeModelCommand : public Command {
       return absl::ErrnoToStatus(errno, absl::StrCat("making the directory ", output_));
     }
     const std::vector<TensorSpec> specs = ExpectedTensors(config);
-    std::vector<Tensor> tensors = RandomWeights(specs);
-    std::vector<std::pair<std::string, TensorView>> views;
     int64_t parameters = 0;
-    for (size_t i = 0; i < specs.size(); ++i) {
-      views.emplace_back(specs[i].name, tensors[i].view());
-      parameters += NumElements(specs[i].shape);
-    }
-    RETURN_IF_ERROR(WriteSafetensors(absl::StrCat(output_, "/model.safetensors"), views));
-    const std::string path = absl::StrCat(output_, "/config.json");
-    std::ofstream file(path);
-    file << ModelConfigJson(config);
-    file.close();
-    if (!file) return absl::InternalError(absl::StrCat("cannot write ", path, ": ", std::strerror(errno)));
+    for (const TensorSpec& spec : specs) parameters += NumElements(spec.shape);
+    RETURN_IF_ERROR(WriteWeights(specs));
+    RETURN_IF_ERROR(WriteText(absl::StrCat(output_, "/config.json"), ModelConfigJson(config)));
     output.out << family_ << " of " << parameters << " parameters in " << output_ << "\n";
     return absl::OkStatus();
   }
@@ -115,46 +190,97 @@ class MakeModelCommand : public Command {
  private:
   ModelConfig Config() const {
     ModelConfig config;
-    for (const Family family :
-         {Family::kTransformerDeltaNet, Family::kTransformerBlock, Family::kDeltaNetModel}) {
+    for (const Family family : {Family::kTransformerDeltaNet, Family::kTransformerBlock,
+                                Family::kDeltaNetModel, Family::kDeltaNet}) {
       if (FamilyName(family) == family_) config.family = family;
     }
     config.d_model = d_model_;
     config.chunk_size = chunk_size_;
     config.num_layers = num_layers_;
     config.num_heads = num_heads_;
-    config.ff_hidden_dim = ff_hidden_dim_;
+    config.ff_hidden_dim =
+        config.family == Family::kDeltaNet ? intermediate_size_.value_or(0) : ff_hidden_dim_;
+    config.expand_k = expand_k_;
+    config.expand_v = expand_v_;
+    config.conv_size = conv_size_;
+    config.use_gate = use_gate_;
+    config.tie_word_embeddings = tie_word_embeddings_;
     config.vocab_size = vocab_size_;
     config.mlp_ratio = mlp_ratio_;
     config.conv_padding = conv_padding_ == "causal" ? ConvPadding::kCausal : ConvPadding::kCentered;
     return config;
   }
 
+  // One file, or several and their index. What was there in the other form goes.
+  absl::Status WriteWeights(const std::vector<TensorSpec>& specs) const {
+    std::vector<absl::Span<const TensorSpec>> shards;
+    int64_t total = 0, shard_bytes = 0;
+    for (size_t i = 0; i < specs.size(); ++i) {
+      const int64_t bytes = NumElements(specs[i].shape) * DTypeBytes(dtype_);
+      if (shards.empty() || (shard_bytes_ && shard_bytes + bytes > *shard_bytes_)) {
+        shards.push_back({&specs[i], 0});
+        shard_bytes = 0;
+      }
+      shards.back() = {shards.back().data(), shards.back().size() + 1};
+      shard_bytes += bytes;
+      total += bytes;
+    }
+    const std::function<Fill(const TensorSpec&)> fill_of =
+        family_ == "delta_net" ? FlaWeights() : ReadmeWeights(specs);
+    const std::string single = absl::StrCat(output_, "/", kCheckpointFile);
+    const std::string index = absl::StrCat(output_, "/", kCheckpointIndex);
+    std::error_code unused;
+    if (shards.size() == 1) {
+      RETURN_IF_ERROR(WriteRandom(single, specs, dtype_, fill_of));
+      std::filesystem::remove(index, unused);
+      return absl::OkStatus();
+    }
+    std::map<std::string, std::string> file_of;
+    for (size_t i = 0; i < shards.size(); ++i) {
+      const std::string name = absl::StrFormat("model-%05d-of-%05d.safetensors", i + 1, shards.size());
+      RETURN_IF_ERROR(WriteRandom(absl::StrCat(output_, "/", name), shards[i], dtype_, fill_of));
+      for (const TensorSpec& spec : shards[i]) file_of[spec.name] = name;
+    }
+    RETURN_IF_ERROR(WriteText(index, CheckpointIndexJson(file_of, total)));
+    std::filesystem::remove(single, unused);
+    return absl::OkStatus();
+  }
+
   // As PyTorch begins: linear and convolution layers, their biases too, uniform within 1/sqrt(inputs of an
   // output); an embedding normal; the scales of norms 1.
-  std::vector<Tensor> RandomWeights(const std::vector<TensorSpec>& specs) const {
-    std::map<absl::string_view, int64_t> fan_in;  // By a layer's name, without ".weight".
+  std::function<Fill(const TensorSpec&)> ReadmeWeights(const std::vector<TensorSpec>& specs) const {
+    std::map<std::string, int64_t> fan_in;  // By a layer's name, without ".weight".
     for (const TensorSpec& spec : specs) {
       absl::string_view layer = spec.name;
-      if (absl::ConsumeSuffix(&layer, ".weight")) fan_in[layer] = NumElements(spec.shape) / spec.shape[0];
-    }
-    std::mt19937_64 random(seed_);
-    std::vector<Tensor> tensors;
-    for (const TensorSpec& spec : specs) {
-      absl::string_view layer = spec.name;
-      if (absl::EndsWith(spec.name, ".scale")) {
-        tensors.push_back(RandomTensor(dtype_, spec.shape, [] { return 1.0f; }));
-      } else if (spec.name == "embedding.weight") {
-        std::normal_distribution<float> normal;
-        tensors.push_back(RandomTensor(dtype_, spec.shape, [&] { return normal(random); }));
-      } else {
-        if (!absl::ConsumeSuffix(&layer, ".weight")) absl::ConsumeSuffix(&layer, ".bias");
-        const float bound = 1.0f / std::sqrt(static_cast<float>(fan_in.at(layer)));
-        std::uniform_real_distribution<float> uniform(-bound, bound);
-        tensors.push_back(RandomTensor(dtype_, spec.shape, [&] { return uniform(random); }));
+      if (absl::ConsumeSuffix(&layer, ".weight")) {
+        fan_in[std::string(layer)] = NumElements(spec.shape) / spec.shape[0];
       }
     }
-    return tensors;
+    const auto random = std::make_shared<std::mt19937_64>(seed_);  // All tensors draw from one.
+    return [fan_in, random](const TensorSpec& spec) {
+      if (absl::EndsWith(spec.name, ".scale")) return OneByOne([] { return 1.0f; });
+      if (spec.name == "embedding.weight") {
+        return OneByOne(
+            [random, normal = std::normal_distribution<float>()]() mutable { return normal(*random); });
+      }
+      absl::string_view layer = spec.name;
+      if (!absl::ConsumeSuffix(&layer, ".weight")) absl::ConsumeSuffix(&layer, ".bias");
+      const float bound = 1.0f / std::sqrt(static_cast<float>(fan_in.at(std::string(layer))));
+      std::uniform_real_distribution<float> uniform(-bound, bound);
+      return OneByOne([random, uniform]() mutable { return uniform(*random); });
+    };
+  }
+
+  // As flash-linear-attention begins, all normal, of deviation 0.02; but convolutions, of 1/sqrt(taps), so
+  // that little models see the past as well. The scales of norms 1.
+  std::function<Fill(const TensorSpec&)> FlaWeights() const {
+    const auto random = std::make_shared<FastRandom>(seed_);
+    return [random](const TensorSpec& spec) {
+      if (absl::EndsWith(spec.name, "norm.weight")) return OneByOne([] { return 1.0f; });
+      const bool convolution = absl::EndsWith(spec.name, "_conv1d.weight");
+      const float deviation = convolution ? 1.0f / std::sqrt(static_cast<float>(spec.shape.back())) : 0.02f;
+      return OneByOne([random, deviation] { return deviation * random->Normal(); });
+    };
   }
 
   std::string family_;
@@ -166,9 +292,16 @@ class MakeModelCommand : public Command {
   int64_t vocab_size_ = 256;
   int64_t ff_hidden_dim_ = 256;
   double mlp_ratio_ = 4.0;
+  std::optional<int64_t> intermediate_size_;
+  double expand_k_ = 1.0;
+  double expand_v_ = 1.0;
+  int64_t conv_size_ = 4;
+  bool use_gate_ = false;
+  bool tie_word_embeddings_ = false;
   int64_t chunk_size_ = 64;
   std::string conv_padding_ = "centered";
   DType dtype_ = DType::kFloat32;
+  std::optional<int64_t> shard_bytes_;
   int64_t seed_ = 0;
 };
 
@@ -223,7 +356,10 @@ class MakeInputCommand : public Command {
       }
     } else {
       std::normal_distribution<float> normal;
-      input = RandomTensor(DType::kFloat32, shape, [&] { return normal(random); });
+      std::vector<float> values(NumElements(shape));
+      for (float& value : values) value = normal(random);
+      input = {DType::kFloat32, shape, std::string(values.size() * sizeof(float), '\0')};
+      std::memcpy(input.data.data(), values.data(), input.data.size());
     }
     RETURN_IF_ERROR(Sequences::Of(input.view()).status());
     RETURN_IF_ERROR(WriteTensor(output_, "input", input));

@@ -1,17 +1,21 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <set>
+#include <utility>
 
 #include "client/load_generator.h"
 #include "client/sequences.h"
+#include "model/base/checkpoint.h"
 #include "model/base/config.h"
-#include "model/base/safetensors.h"
 #include "tests/client/command_fixture.h"
 
 namespace deltanet {
@@ -63,6 +67,13 @@ TEST(ClientProgramTest, WrongCommandLinesExitWith2) {
       {{"make-model", "--family", "transformer_deltanet", "--output", "x", "--d-model", "99999999"},
        "d_model"},
       {{"make-model", "--family", "deltanet_model", "--output", "x", "--d-model", "20"}, "want a divisor of"},
+      {{"make-model", "--family", "delta_net", "--output", "x", "--d-model", "20"},
+       "want a multiple of 'num_heads' 8"},
+      {{"make-model", "--family", "delta_net", "--output", "x", "--conv-size", "9"}, "'conv_size' is 9"},
+      {{"make-model", "--family", "delta_net", "--output", "x", "--conv-padding", "causal"},
+       "--conv-padding is not for family delta_net"},
+      {{"make-model", "--family", "deltanet_model", "--output", "x", "--use-gate"},
+       "--use-gate is not for family deltanet_model"},
   };
   for (const auto& [arguments, message] : cases) {
     const Result result = RunCommand(arguments);
@@ -299,10 +310,11 @@ TEST_P(MakeModelTest, WritesWhatTheLoaderAsksFor) {
 
   absl::StatusOr<ModelConfig> config = ReadModelConfig(directory);
   ASSERT_TRUE(config.ok()) << config.status();
-  const absl::StatusOr<SafetensorsReader> reader = SafetensorsReader::Open(directory + "/model.safetensors");
-  ASSERT_TRUE(reader.ok()) << reader.status();
-  ASSERT_TRUE(ResolveFromFile(reader->entries(), &*config).ok());
-  EXPECT_TRUE(CheckTensors(reader->entries(), ExpectedTensors(*config)).ok());
+  const absl::StatusOr<Checkpoint> file = Checkpoint::Open(directory);
+  ASSERT_TRUE(file.ok()) << file.status();
+  ASSERT_TRUE(ResolveFromFile(file->entries(), &*config).ok());
+  const absl::Status status = CheckTensors(file->entries(), ExpectedTensors(*config));
+  EXPECT_TRUE(status.ok()) << status;
   std::filesystem::remove_all(directory);
 }
 
@@ -314,7 +326,31 @@ INSTANTIATE_TEST_SUITE_P(
                                              "--ff-hidden-dim", "5", "--dtype", "float16"},
                     std::vector<std::string>{"--family", "deltanet_model", "--d-model", "12", "--num-heads",
                                              "3", "--num-layers", "2", "--vocab-size", "17", "--mlp-ratio",
-                                             "2.5", "--conv-padding", "causal", "--dtype", "bfloat16"}));
+                                             "2.5", "--conv-padding", "causal", "--dtype", "bfloat16"},
+                    std::vector<std::string>{"--family",
+                                             "delta_net",
+                                             "--d-model",
+                                             "12",
+                                             "--num-heads",
+                                             "3",
+                                             "--num-layers",
+                                             "2",
+                                             "--vocab-size",
+                                             "17",
+                                             "--expand-k",
+                                             "0.5",
+                                             "--expand-v",
+                                             "2",
+                                             "--intermediate-size",
+                                             "5",
+                                             "--conv-size",
+                                             "3",
+                                             "--use-gate",
+                                             "--tie-word-embeddings",
+                                             "--shard-bytes",
+                                             "600",
+                                             "--dtype",
+                                             "bfloat16"}));
 
 TEST_F(CommandsTest, ModelIsMadeIfEmptyAndElseLeft) {
   const std::vector<std::string> arguments = {"make-model", "--family", "transformer_deltanet",
@@ -332,6 +368,79 @@ TEST_F(CommandsTest, ModelIsMadeIfEmptyAndElseLeft) {
   std::filesystem::remove_all(Path("m"));
   ASSERT_EQ(RunCommand(arguments).exit_status, 0);
   EXPECT_TRUE(ReadModelConfig(Path("m")).ok());
+}
+
+// Values of a tensor of a model in float32.
+std::vector<float> WeightsOf(const std::string& directory, const std::string& name) {
+  const absl::StatusOr<Checkpoint> file = Checkpoint::Open(directory);
+  EXPECT_TRUE(file.ok()) << file.status();
+  const SafetensorsEntry& entry = **file->Find(name);
+  std::vector<float> values(NumElements(entry.shape));
+  EXPECT_TRUE(file->Read(entry, values.data()).ok());
+  return values;
+}
+
+TEST_F(CommandsTest, DeltaNetModelsAreScaledAndRepeatable) {
+  const auto make = [this](const std::string& name, const std::string& seed) {
+    EXPECT_EQ(RunCommand({"make-model", "--family", "delta_net", "--d-model", "128", "--vocab-size", "3000",
+                          "--seed", seed, "--output", Path(name)})
+                  .exit_status,
+              0);
+    return WeightsOf(Path(name), "lm_head.weight");
+  };
+  const std::vector<float> head = make("a", "5");
+  EXPECT_EQ(head, make("b", "5"));
+  EXPECT_NE(head, make("c", "6"));
+  EXPECT_NE(head, WeightsOf(Path("a"), "model.embeddings.weight"));
+  const auto moments = [](const std::vector<float>& values) {
+    double sum = 0, squares = 0;
+    for (const float value : values) {
+      sum += value;
+      squares += value * value;
+    }
+    return std::pair(sum / values.size(), std::sqrt(squares / values.size()));
+  };
+  // Of 384,000 normal numbers.
+  EXPECT_NEAR(moments(head).first, 0, 2e-4);
+  EXPECT_NEAR(moments(head).second, 0.02, 2e-4);
+  // A third of them are beyond one deviation, a twentieth beyond two.
+  const auto beyond = [&](float bound) {
+    return static_cast<double>(
+               std::count_if(head.begin(), head.end(), [&](float x) { return std::abs(x) > bound; })) /
+           head.size();
+  };
+  EXPECT_NEAR(beyond(0.02f), 0.317, 0.02);
+  EXPECT_NEAR(beyond(0.04f), 0.0455, 0.005);
+  EXPECT_NEAR(moments(WeightsOf(Path("a"), "model.layers.0.attn.k_conv1d.weight")).second, 0.5, 0.08);
+  EXPECT_EQ(WeightsOf(Path("a"), "model.norm.weight"), std::vector<float>(128, 1.0f));
+  // It speaks until it is stopped.
+  EXPECT_TRUE(ReadModelConfig(Path("a"))->eos_ids.empty());
+}
+
+TEST_F(CommandsTest, AModelInSeveralFilesIsTheSame) {
+  const auto make = [this](const std::vector<std::string>& more) {
+    std::vector<std::string> arguments = {"make-model", "--family", "deltanet_model", "--num-layers",
+                                          "2",          "--output", Path("m")};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    const Result made = RunCommand(arguments);
+    EXPECT_EQ(made.exit_status, 0) << made.err;
+    std::map<std::string, std::vector<float>> weights;
+    const absl::StatusOr<Checkpoint> file = Checkpoint::Open(Path("m"));  // One form or the other.
+    EXPECT_TRUE(file.ok()) << file.status();
+    for (const auto& [name, entry] : file->entries()) weights[name] = WeightsOf(Path("m"), name);
+    return weights;
+  };
+  const auto whole = make({});
+  EXPECT_EQ(make({"--shard-bytes", "100000"}), whole);
+  EXPECT_FALSE(std::filesystem::exists(Path("m") + "/model.safetensors"));
+  int64_t files = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(Path("m"))) {
+    if (entry.path().extension() != ".safetensors") continue;
+    ++files;
+    EXPECT_LE(entry.file_size(), 110000u) << entry.path();
+  }
+  EXPECT_GE(files, 5);
+  EXPECT_EQ(make({}), whole);
 }
 
 TEST_F(CommandsTest, ModelsAreScaledAndRepeatable) {
