@@ -10,6 +10,7 @@
 #include "client/latency.h"
 #include "client/sequences.h"
 #include "model/base/mutex.h"
+#include "model/base/safetensors.h"
 #include "model/base/status_macros.h"
 
 namespace deltanet {
@@ -17,6 +18,7 @@ namespace {
 
 constexpr char kInputName[] = "input";
 constexpr char kOutputName[] = "output";
+constexpr int64_t kMaxTop = 64;  // Of the protocol.
 
 // What forward and stream have in common.
 struct SequenceFlags {
@@ -69,8 +71,20 @@ std::string Describe(const Tensor& tensor, int64_t position) {
 
 class ForwardCommand : public Command {
  public:
-  void AddFlags(FlagSet* flags) override { flags_.AddTo(flags); }
-  absl::Status CheckFlags(const FlagSet& /*flags*/) const override { return flags_.Check(); }
+  void AddFlags(FlagSet* flags) override {
+    flags_.AddTo(flags);
+    flags->Add("last", "of the last token only, for a model over tokens", &last_);
+    flags->Add("top", "N",
+               "instead of 'output', tensors 'top_ids' and 'top_log_probs' [T,N] or [B,T,N]: the N (1 to 64) "
+               "most likely next ids, for a model over tokens",
+               1, &top_);
+  }
+  absl::Status CheckFlags(const FlagSet& /*flags*/) const override {
+    if (top_.value_or(0) > kMaxTop) {
+      return absl::InvalidArgumentError(absl::StrCat("--top is ", *top_, ", want at most ", kMaxTop));
+    }
+    return flags_.Check();
+  }
 
   absl::Status Run(const Output& output) override {
     ASSIGN_OR_RETURN(const Tensor input, ReadTensor(flags_.input, kInputName));
@@ -82,11 +96,20 @@ class ForwardCommand : public Command {
     options.end_of_sequence = flags_.end_of_sequence;
     options.expected_position = flags_.expected_position;
     options.timeout = flags_.timeout;
+    options.output_options.last_only = last_;
+    if (top_) {
+      options.output_options.kind = OutputKind::kTop;
+      options.output_options.top_tokens = static_cast<int32_t>(*top_);
+    }
     const absl::Time start = absl::Now();
     ASSIGN_OR_RETURN(const ForwardResult result, client.Forward(input.view(), options));
     const absl::Duration elapsed = absl::Now() - start;
-    RETURN_IF_ERROR(WriteTensor(flags_.output, kOutputName, result.output));
-    output.out << "output " << Describe(result.output, result.output_position);
+    if (top_) {
+      RETURN_IF_ERROR(WriteTop(result, input, output));
+    } else {
+      RETURN_IF_ERROR(WriteTensor(flags_.output, kOutputName, result.output));
+      output.out << "output " << Describe(result.output, result.output_position);
+    }
     if (!result.session_id.empty()) {
       output.out << ", session " << result.session_id << " at " << result.committed_position;
     }
@@ -97,7 +120,28 @@ class ForwardCommand : public Command {
   }
 
  private:
+  absl::Status WriteTop(const ForwardResult& result, const Tensor& input, const Output& output) const {
+    ASSIGN_OR_RETURN(const Sequences sequences, Sequences::Of(input.view()));
+    const int64_t values = static_cast<int64_t>(result.top.ids.size());
+    if (result.top.k != *top_ || sequences.count() == 0 || values % (sequences.count() * *top_) != 0) {
+      return absl::DataLossError(absl::StrCat("malformed response: ", values, " top ids, ", result.top.k,
+                                              " a token, want ", *top_, " for as many tokens of each of ",
+                                              sequences.count(), " sequences"));
+    }
+    Shape shape;
+    if (sequences.batched()) shape.push_back(sequences.count());
+    shape.push_back(values / (sequences.count() * *top_));
+    shape.push_back(*top_);
+    RETURN_IF_ERROR(WriteSafetensors(
+        flags_.output, {{"top_ids", {result.top.ids.data(), shape, DType::kInt64, Device{}}},
+                        {"top_log_probs", {result.top.log_probs.data(), shape, DType::kFloat32, Device{}}}}));
+    output.out << "top " << ShapeString(shape) << " from position " << result.output_position;
+    return absl::OkStatus();
+  }
+
   SequenceFlags flags_;
+  bool last_ = false;
+  std::optional<int64_t> top_;
 };
 
 // Sends the chunks of all sequences side by side on one stream and joins the answers. The calling thread

@@ -5,18 +5,21 @@
 #include <unistd.h>
 
 #include <cmath>
+#include <cstring>
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <thread>
 
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
+#include "client/sequences.h"
 #include "tests/client/command_fixture.h"
 
 namespace deltanet {
 namespace {
 
 using ::testing::AllOf;
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::MatchesRegex;
 using ::testing::Not;
@@ -28,6 +31,14 @@ class LettersCommandsTest : public CommandsTest {
 
   void Write(const std::string& name, const std::string& text) const {
     std::ofstream(Path(name), std::ios::binary) << text;
+  }
+
+  template <typename T>
+  std::vector<T> Values(const std::string& file, const std::string& name) const {
+    const Tensor tensor = *ReadTensor(Path(file), name);
+    std::vector<T> values(NumElements(tensor.shape));
+    std::memcpy(values.data(), tensor.data.data(), tensor.data.size());
+    return values;
   }
 
   FakeService ids_only_{FakeService::Model::kLettersWithoutTokenizer};
@@ -68,6 +79,7 @@ TEST(TokenCommandsTest, WrongCommandLinesExitWith2) {
       {{"generate", "--top-p", "1.5"}, "--top-p is 1.5, want more than 0 and at most 1"},
       {{"generate", "--top-k", "4294967296"}, "--top-k is 4294967296, want at most 2147483647"},
       {{"generate", "--top-log-probs", "65"}, "--top-log-probs is 65, want at most 64"},
+      {{"forward", "--input", "x", "--output", "y", "--top", "65"}, "--top is 65, want at most 64"},
       {{"score"}, "--text, --text-file, --ids or --ids-file is missing"},
       {{"score", "--text-file", "x", "--ids-file", "y"}, "--text-file and --ids-file exclude each other"},
       {{"score", "--ids", "1", "--top", "65"}, "--top is 65, want at most 64"},
@@ -275,6 +287,36 @@ TEST_F(LettersCommandsTest, ScoresGoOnInASession) {
               AllOf(HasSubstr(absl::StrFormat("\n       1      122 %10.4f  of %d -0.2500, %d -0.5000\n",
                                               FakeService::LogProb({5}, 'z'), expected, expected + 1)),
                     HasSubstr("of 1 tokens"), HasSubstr("\nsession s at 2\n")));
+}
+
+TEST_F(LettersCommandsTest, ForwardWritesTheMostLikelyIds) {
+  ASSERT_EQ(Ask("make-input", {"--shape", "2,3", "--output", Path("input")}).exit_status, 0);
+  const std::vector<int64_t> input = Values<int64_t>("input", "input");
+  const std::vector<int64_t> sequences[] = {{input.begin(), input.begin() + 3},
+                                            {input.begin() + 3, input.end()}};
+
+  Result result = AskWithFiles("forward", "top", {"--top", "2"});
+  ASSERT_EQ(result.exit_status, 0) << result.err;
+  EXPECT_THAT(result.out, StartsWith("top [2,3,2] from position 0\n"));
+  EXPECT_EQ(ReadTensor(Path("top"), "top_ids")->shape, (Shape{2, 3, 2}));
+  const std::vector<int64_t> ids = Values<int64_t>("top", "top_ids");
+  for (size_t t = 0; t < 6; ++t) {
+    const auto begin = sequences[t / 3].begin();
+    EXPECT_EQ(ids[2 * t], FakeService::Expected({begin, begin + t % 3 + 1})) << t;
+  }
+  EXPECT_EQ(ReadTensor(Path("top"), "top_log_probs")->shape, (Shape{2, 3, 2}));
+  EXPECT_EQ(Values<float>("top", "top_log_probs")[11], -0.5f);
+
+  result = AskWithFiles("forward", "last", {"--top", "1", "--last"});
+  ASSERT_EQ(result.exit_status, 0) << result.err;
+  EXPECT_THAT(result.out, StartsWith("top [2,1,1] from position 2\n"));
+  EXPECT_THAT(Values<int64_t>("last", "top_ids"),
+              ElementsAre(FakeService::Expected(sequences[0]), FakeService::Expected(sequences[1])));
+
+  result = AskWithFiles("forward", "logits", {"--last"});
+  ASSERT_EQ(result.exit_status, 0) << result.err;
+  EXPECT_THAT(result.out, StartsWith("output float32[2,1,128] from position 2\n"));
+  EXPECT_EQ(Values<float>("logits", "output")[128 + 5], FakeService::LogProb(sequences[1], 5));
 }
 
 TEST_F(LettersCommandsTest, TextsThatTheModelMakesScoreBest) {
