@@ -129,7 +129,7 @@ absl::string_view FinishReasonName(FinishReason reason) {
   return "none";
 }
 
-class Generation::Impl {
+class GenerationStream::Impl {
  public:
   Impl(v1::DeltaNetService::Stub* stub, const GenerateOptions& options) {
     SetTimeout(options.timeout, &context);
@@ -157,19 +157,19 @@ class Generation::Impl {
   std::optional<absl::Status> finished;
 };
 
-Generation::Generation(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+GenerationStream::GenerationStream(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 
-Generation::~Generation() {
+GenerationStream::~GenerationStream() {
   if (impl_->finished) return;
   Cancel();
   (void)Finish();  // Nobody is left who would want to know.
 }
 
-bool Generation::Read(Generated* response) { return impl_->Read(response); }
+bool GenerationStream::Read(Generated* response) { return impl_->Read(response); }
 
-void Generation::Cancel() { impl_->context.TryCancel(); }
+void GenerationStream::Cancel() { impl_->context.TryCancel(); }
 
-absl::Status Generation::Finish() {
+absl::Status GenerationStream::Finish() {
   if (!impl_->finished) {
     Generated dropped;
     while (impl_->Read(&dropped)) {
@@ -268,16 +268,16 @@ absl::StatusOr<ForwardResult> Client::Top(const std::vector<int64_t>& ids, int32
   return Forward(IdsView(ids), last);
 }
 
-std::unique_ptr<Generation> Client::OpenGeneration(const GenerateOptions& options) const {
-  return std::unique_ptr<Generation>(
-      new Generation(std::make_unique<Generation::Impl>(impl_->stub.get(), options)));
+std::unique_ptr<GenerationStream> Client::OpenGeneration(const GenerateOptions& options) const {
+  return std::unique_ptr<GenerationStream>(
+      new GenerationStream(std::make_unique<GenerationStream::Impl>(impl_->stub.get(), options)));
 }
 
 absl::StatusOr<Generated> Client::Generate(const GenerateOptions& options,
                                            const std::function<bool(const Generated&)>& on_response) const {
-  const std::unique_ptr<Generation> generation = OpenGeneration(options);
+  const std::unique_ptr<GenerationStream> generation = OpenGeneration(options);
   Generated joined, response;
-  std::vector<GeneratedToken> tokens;
+  std::vector<TokenResult> tokens;
   std::string text;
   uint64_t seed = 0;
   while (generation->Read(&response)) {

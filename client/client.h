@@ -177,7 +177,7 @@ class ForwardStream {
 
 // How the next token is chosen: of softmax(logits / temperature), the top_k most likely, of these the
 // shortest prefix that has top_p of their probability.
-struct Sampling {
+struct SamplingOptions {
   float temperature = 0;  // 0: the most likely token, always.
   int32_t top_k = 0;      // 0: all.
   float top_p = 1;        // In (0, 1].
@@ -194,7 +194,7 @@ struct GenerateOptions {
   // Ids, or a text (UTF-8) for a model with a tokenizer. A fresh sequence's text begins with the model's
   // begin-of-sequence id, and so does an empty prompt. May be empty where a session goes on from what it has.
   std::variant<std::vector<int64_t>, std::string> prompt;
-  Sampling sampling;
+  SamplingOptions sampling;
   int64_t max_tokens = 0;  // 0: the server's default.
   // Generation ends with one of these ids, and with the model's own end-of-sequence ids, unless they are
   // ignored.
@@ -208,7 +208,7 @@ struct GenerateOptions {
   absl::Duration timeout = absl::InfiniteDuration();  // Of the whole call.
 };
 
-struct GeneratedToken {
+struct TokenResult {
   int64_t id = 0;
   float log_prob = 0;            // Natural logarithms; with top_log_probs, as the rest.
   std::vector<int64_t> top_ids;  // Most likely first.
@@ -227,10 +227,10 @@ absl::string_view FinishReasonName(FinishReason reason);
 // One response of a Generate call, or all of a call joined.
 struct Generated {
   std::string request_id;
-  std::string session_id;              // If there is one.
-  std::vector<GeneratedToken> tokens;  // The new ones.
-  std::string text;                    // With a tokenizer: the new text, whole characters.
-  uint64_t seed = 0;                   // In the first response: the seed in use, if a temperature is.
+  std::string session_id;           // If there is one.
+  std::vector<TokenResult> tokens;  // The new ones.
+  std::string text;                 // With a tokenizer: the new text, whole characters.
+  uint64_t seed = 0;                // In the first response: the seed in use, if a temperature is.
   // In the last response, as all below.
   FinishReason finish_reason = FinishReason::kNone;
   std::string matched_stop;  // kStopText.
@@ -244,11 +244,11 @@ struct Generated {
 
 // One Generate call. One thread reads; Cancel may be called from any. The destructor cancels a call that is
 // not finished. May outlive its Client.
-class Generation {
+class GenerationStream {
  public:
-  ~Generation();
-  Generation(const Generation&) = delete;
-  Generation& operator=(const Generation&) = delete;
+  ~GenerationStream();
+  GenerationStream(const GenerationStream&) = delete;
+  GenerationStream& operator=(const GenerationStream&) = delete;
 
   // Blocks until a response comes. False at the end of the call, regular or not, which Finish tells apart;
   // `response` is then unspecified.
@@ -265,7 +265,7 @@ class Generation {
  private:
   friend class Client;
   class Impl;
-  explicit Generation(std::unique_ptr<Impl> impl);
+  explicit GenerationStream(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };
 
@@ -334,7 +334,7 @@ class Client {
   std::unique_ptr<ForwardStream> OpenStream(const StreamOptions& options) const;
 
   // Never fails by itself: Read returns false, and Finish says why.
-  std::unique_ptr<Generation> OpenGeneration(const GenerateOptions& options) const;
+  std::unique_ptr<GenerationStream> OpenGeneration(const GenerateOptions& options) const;
   // The same to its end: `on_response` (may be null) sees each response, on the calling thread, and cancels
   // the call by returning false. Returns all of them joined, or how the call failed: CANCELLED where it was.
   absl::StatusOr<Generated> Generate(const GenerateOptions& options,

@@ -377,9 +377,9 @@ class LettersTest : public testing::Test {
     }
     return made;
   }
-  static std::vector<int64_t> Ids(const std::vector<GeneratedToken>& tokens) {
+  static std::vector<int64_t> Ids(const std::vector<TokenResult>& tokens) {
     std::vector<int64_t> ids;
-    for (const GeneratedToken& token : tokens) ids.push_back(token.id);
+    for (const TokenResult& token : tokens) ids.push_back(token.id);
     return ids;
   }
   static std::string Text(const std::vector<int64_t>& ids) { return std::string(ids.begin(), ids.end()); }
@@ -515,7 +515,7 @@ TEST_F(LettersTest, TheCallbackCancels) {
 }
 
 TEST_F(LettersTest, AnotherThreadCancelsGeneration) {
-  const std::unique_ptr<Generation> generation =
+  const std::unique_ptr<GenerationStream> generation =
       client_.OpenGeneration({.request_id = FakeService::kHold, .prompt = "a"});
   Generated response;
   ASSERT_TRUE(generation->Read(&response));
@@ -530,7 +530,7 @@ TEST_F(LettersTest, AnotherThreadCancelsGeneration) {
 }
 
 TEST_F(LettersTest, DestroyingAGenerationCancelsIt) {
-  std::unique_ptr<Generation> generation =
+  std::unique_ptr<GenerationStream> generation =
       client_.OpenGeneration({.request_id = FakeService::kHold, .prompt = "a"});
   service_.AwaitHeld(1);
   generation.reset();
