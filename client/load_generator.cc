@@ -5,8 +5,6 @@
 #include <grpcpp/grpcpp.h>
 
 #include <algorithm>
-#include <atomic>
-#include <chrono>
 #include <deque>
 #include <limits>
 #include <memory>
@@ -16,27 +14,17 @@
 
 #include "absl/strings/str_cat.h"
 #include "client/channel.h"
+#include "client/load_course.h"
 #include "client/messages.h"
 #include "deltanet/v1/deltanet.grpc.pb.h"
-#include "model/base/mutex.h"
 #include "model/base/status_macros.h"
 #include "proto/wire.h"
 
 namespace deltanet {
 namespace {
 
-using SteadyClock = std::chrono::steady_clock;
-using Instant = SteadyClock::time_point;
-
 // How long answers are waited for when nothing more is sent.
 constexpr std::chrono::seconds kGrace{5};
-// A connection gives up after so many errors without an answer between them: the server is gone, or refuses
-// everything.
-constexpr int kMaxErrorsInARow = 100;
-// gRPC's timers count whole milliseconds; below this we poll, with short naps between.
-constexpr std::chrono::milliseconds kPollBelow{2};
-constexpr std::chrono::microseconds kNap{50};
-
 // What a message came to.
 struct Answer {
   Instant intended;  // When it was to be sent.
@@ -248,71 +236,6 @@ class UnaryCaller : public Caller {
   std::unique_ptr<grpc::ClientAsyncResponseReader<v1::ForwardResponse>> call_;
 };
 
-// What the connections share: the common start, the number of messages, the progress. Thread-safe.
-class Course {
- public:
-  explicit Course(const LoadOptions& options) : options_(options) {}
-
-  // A connection is warm, or has failed. Blocks until all are warm and returns the start; nothing if one has
-  // failed.
-  std::optional<Instant> AwaitStart(const absl::Status& warm) {
-    MutexLock lock(&mu_);
-    failure_.Update(warm);
-    ++arrived_;
-    if (arrived_ == options_.connections) {
-      start_ = SteadyClock::now();
-      changed_.NotifyAll();
-    }
-    while (arrived_ < options_.connections) changed_.Wait(&mu_);
-    if (!failure_.ok()) return std::nullopt;
-    return start_;
-  }
-  void Leave() {
-    MutexLock lock(&mu_);
-    ++left_;
-    changed_.NotifyAll();
-  }
-
-  // Blocks until all connections have left, calling `progress` about every second; returns a failure to warm
-  // up.
-  absl::Status AwaitEnd(const std::function<void(const LoadProgress&)>& progress) {
-    Instant shown = SteadyClock::now();
-    mu_.Lock();
-    while (left_ < options_.connections) {
-      changed_.WaitFor(&mu_, absl::Milliseconds(200));
-      const Instant now = SteadyClock::now();
-      if (start_ == Instant() || now - shown < std::chrono::seconds(1)) continue;
-      shown = now;
-      const LoadProgress state{absl::FromChrono(now - start_), answered.load(), errors.load()};
-      mu_.Unlock();
-      progress(state);
-      mu_.Lock();
-    }
-    const absl::Status failure = failure_;
-    mu_.Unlock();
-    return failure;
-  }
-
-  // Closed loop: whether one more message may be sent.
-  bool Claim() {
-    return !options_.count || claimed_.fetch_add(1, std::memory_order_relaxed) < *options_.count;
-  }
-
-  std::atomic<int64_t> answered{0};
-  std::atomic<int64_t> errors{0};
-
- private:
-  const LoadOptions& options_;
-  std::atomic<int64_t> claimed_{0};
-
-  Mutex mu_;
-  CondVar changed_;
-  int64_t arrived_ ABSL_GUARDED_BY(mu_) = 0;
-  int64_t left_ ABSL_GUARDED_BY(mu_) = 0;
-  Instant start_ ABSL_GUARDED_BY(mu_);
-  absl::Status failure_ ABSL_GUARDED_BY(mu_);
-};
-
 // One TCP connection with its share of the sessions. Run is its thread; the results are there after it.
 class Connection : public CallerEvents {
  public:
@@ -445,22 +368,9 @@ class Connection : public CallerEvents {
   void Next(Instant wake) {
     void* tag;
     bool ok;
-    const Instant::duration wait = std::max(wake - SteadyClock::now(), Instant::duration::zero());
-    const bool poll = wait < kPollBelow;
-    const auto deadline =
-        std::chrono::system_clock::now() + (poll ? Instant::duration::zero() : wait - kPollBelow / 2);
-    switch (queue_.AsyncNext(&tag, &ok, deadline)) {
-      case grpc::CompletionQueue::GOT_EVENT: {
-        const Caller::Tag& event = *static_cast<Caller::Tag*>(tag);
-        event.caller->OnEvent(event.op, ok);
-        return;
-      }
-      case grpc::CompletionQueue::TIMEOUT:
-        if (poll) std::this_thread::sleep_for(std::min<Instant::duration>(wait, kNap));
-        return;
-      case grpc::CompletionQueue::SHUTDOWN:
-        return;
-    }
+    if (!NextEvent(&queue_, wake, &tag, &ok)) return;
+    const Caller::Tag& event = *static_cast<Caller::Tag*>(tag);
+    event.caller->OnEvent(event.op, ok);
   }
 
   void OnAnswer(Caller* caller, const Answer& answer) override {
@@ -533,7 +443,7 @@ absl::StatusOr<LoadReport> GenerateLoad(const LoadOptions& options,
   if (options.rate && !(*options.rate > 0)) {
     return absl::InvalidArgumentError(absl::StrCat("rate is ", *options.rate, ", want more than 0"));
   }
-  Course course(options);
+  Course course(options.connections, options.count);
   std::vector<std::unique_ptr<Connection>> connections;
   for (int64_t i = 0; i < options.connections; ++i) {
     ASSIGN_OR_RETURN(std::shared_ptr<grpc::Channel> channel, MakeChannel(options.server, options.client));
@@ -541,7 +451,8 @@ absl::StatusOr<LoadReport> GenerateLoad(const LoadOptions& options,
   }
   std::vector<std::thread> threads;
   for (const auto& connection : connections) threads.emplace_back([&connection] { connection->Run(); });
-  const absl::Status warm = course.AwaitEnd(progress);
+  const absl::Status warm = course.AwaitEnd(
+      [&](absl::Duration elapsed) { progress({elapsed, course.answered.load(), course.errors.load()}); });
   for (std::thread& thread : threads) thread.join();
   RETURN_IF_ERROR(warm);
 
