@@ -12,8 +12,12 @@ namespace {
 using prometheus::Histogram;
 using Buckets = Histogram::BucketBoundaries;
 
-constexpr std::array<const char*, kNumMethods> kMethodNames = {"Forward",    "StreamForward", "GetModel",
+constexpr std::array<const char*, kNumMethods> kMethodNames = {"Forward",    "StreamForward", "Generate",
+                                                               "Tokenize",   "Detokenize",    "GetModel",
                                                                "ListModels", "EndSession",    "ListSessions"};
+// In the order of GenerationEnd.
+constexpr std::array<const char*, kNumGenerationEnds> kGenerationEndNames = {"length", "stop_id", "stop_text",
+                                                                             "cancelled", "error"};
 // In the order of their numbers.
 constexpr std::array<const char*, kNumCodes> kCodeNames = {
     "OK",        "CANCELLED",      "UNKNOWN",           "INVALID_ARGUMENT",   "DEADLINE_EXCEEDED",
@@ -25,29 +29,31 @@ constexpr std::array<const char*, kNumCodes> kCodeNames = {
 constexpr std::array<const char*, kNumOutcomes> kOutcomes = {
     "OK", reason::kCancelled, reason::kDeadline, reason::kNonFinite, reason::kSessionEnded, "OTHER"};
 
-constexpr const char* kReasons[] = {reason::kInvalidRequest,
-                                    reason::kModelNotFound,
-                                    reason::kSessionNotFound,
-                                    reason::kSessionExpired,
-                                    reason::kSessionEnded,
-                                    reason::kSessionExists,
-                                    reason::kSessionAttached,
-                                    reason::kSessionOutOfStep,
-                                    reason::kPositionMismatch,
-                                    reason::kSessionModel,
-                                    reason::kSessionsFull,
-                                    reason::kResponseTooLarge,
-                                    reason::kQueueFull,
-                                    reason::kDraining,
-                                    reason::kDeadline,
-                                    reason::kCancelled,
-                                    reason::kNonFinite,
-                                    reason::kInternal,
-                                    "OTHER"};
+constexpr const char* kReasons[] = {
+    reason::kInvalidRequest,  reason::kModelNotFound,    reason::kSessionNotFound,
+    reason::kSessionExpired,  reason::kSessionEnded,     reason::kSessionExists,
+    reason::kSessionAttached, reason::kSessionOutOfStep, reason::kPositionMismatch,
+    reason::kSessionModel,    reason::kNotGenerative,    reason::kNoTokenizer,
+    reason::kSessionsFull,    reason::kResponseTooLarge, reason::kQueueFull,
+    reason::kDraining,        reason::kDeadline,         reason::kCancelled,
+    reason::kNonFinite,       reason::kInternal,         "OTHER"};
 
 const Buckets& TimeBuckets() {
   static const Buckets& buckets = *new Buckets{0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025,
                                                0.05,   0.1,     0.25,   0.5,   1,      2.5,   5,    10};
+  return buckets;
+}
+
+const Buckets& FirstTokenBuckets() {
+  static const Buckets& buckets =
+      *new Buckets{0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60};
+  return buckets;
+}
+
+const Buckets& NextTokenBuckets() {
+  static const Buckets& buckets =
+      *new Buckets{0.0002, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015,
+                   0.02,   0.03,   0.05,  0.075, 0.1,   0.2,   0.5,    1,    2};
   return buckets;
 }
 
@@ -133,6 +139,14 @@ Metrics::Metrics(const std::vector<std::string>& model_names, const std::string&
   auto& step_tokens = HistogramFamily(&registry_, "step_tokens", "Tokens of a step of the batch.");
   auto& step_rows = HistogramFamily(&registry_, "step_rows", "Sequences of a step of the batch.");
   auto& tokens = CounterFamily(&registry_, "tokens_total", "Tokens computed.");
+  auto& first_token = HistogramFamily(&registry_, "time_to_first_token_seconds",
+                                      "From a generation's coming into the queue to its first token.");
+  auto& next_token =
+      HistogramFamily(&registry_, "time_per_output_token_seconds", "Between two tokens of a generation.");
+  auto& prompt_tokens = CounterFamily(&registry_, "prompt_tokens_total", "Tokens that generations took in.");
+  auto& generated_tokens = CounterFamily(&registry_, "generated_tokens_total", "Tokens that were generated.");
+  auto& generations =
+      CounterFamily(&registry_, "generations_finished_total", "Generations that ended, and how.");
   for (const std::string& name : model_names) {
     const prometheus::Labels labels = {{"model", name}};
     OfModel model;
@@ -147,6 +161,13 @@ Metrics::Metrics(const std::vector<std::string>& model_names, const std::string&
     model.step_tokens = &step_tokens.Add(labels, CountBuckets());
     model.step_rows = &step_rows.Add(labels, CountBuckets());
     model.tokens = &tokens.Add(labels);
+    model.first_token = &first_token.Add(labels, FirstTokenBuckets());
+    model.next_token = &next_token.Add(labels, NextTokenBuckets());
+    model.prompt_tokens = &prompt_tokens.Add(labels);
+    model.generated_tokens = &generated_tokens.Add(labels);
+    for (int end = 0; end < kNumGenerationEnds; ++end) {
+      model.generations[end] = &generations.Add({{"model", name}, {"reason", kGenerationEndNames[end]}});
+    }
     models_.push_back(model);
   }
   stalls_ = &CounterFamily(&registry_, "batch_thread_stalls_total",
@@ -208,6 +229,17 @@ void Metrics::OnWorkDone(int model, const WorkResult& result) {
   models_[model].work_compute->Observe(absl::ToDoubleSeconds(result.computing));
 }
 
+void Metrics::OnToken(int model, bool first, absl::Duration since) {
+  const OfModel& of = models_[model];
+  (first ? of.first_token : of.next_token)->Observe(absl::ToDoubleSeconds(since));
+  of.generated_tokens->Increment();
+}
+
+void Metrics::OnGenerationDone(int model, GenerationEnd end, int64_t prompt_tokens) {
+  models_[model].generations[static_cast<size_t>(end)]->Increment();
+  models_[model].prompt_tokens->Increment(static_cast<double>(prompt_tokens));
+}
+
 void Metrics::OnFirstStreamOutput(absl::Duration after) {
   first_output_->Observe(absl::ToDoubleSeconds(after));
 }
@@ -229,6 +261,10 @@ std::string Metrics::Text(const MetricsSnapshot& snapshot) const {
   prometheus::MetricFamily session_bytes = GaugeFamily("session_bytes", "Bytes of a session's state.");
   prometheus::MetricFamily state_bytes = GaugeFamily("state_bytes", "Bytes of all state slots.");
   prometheus::MetricFamily model_bytes = GaugeFamily("model_bytes", "Bytes of the weights on the device.");
+  prometheus::MetricFamily running =
+      GaugeFamily("generations_running", "Generations that have been in a step.");
+  prometheus::MetricFamily waiting =
+      GaugeFamily("generations_waiting", "Generations that wait for their first step.");
   for (size_t m = 0; m < snapshot.models.size(); ++m) {
     const MetricsSnapshot::OfModel& model = snapshot.models[m];
     AddGauge(static_cast<double>(model.sessions), model_names_[m], &sessions);
@@ -238,9 +274,11 @@ std::string Metrics::Text(const MetricsSnapshot& snapshot) const {
     AddGauge(static_cast<double>(model.slots), model_names_[m], &slots);
     AddGauge(static_cast<double>(model.slots * model.session_bytes), model_names_[m], &state_bytes);
     AddGauge(static_cast<double>(model.weight_bytes), model_names_[m], &model_bytes);
+    AddGauge(static_cast<double>(model.generations_running), model_names_[m], &running);
+    AddGauge(static_cast<double>(model.generations_waiting), model_names_[m], &waiting);
   }
-  for (prometheus::MetricFamily* family :
-       {&sessions, &sessions_free, &slots, &slots_free, &session_bytes, &state_bytes, &model_bytes}) {
+  for (prometheus::MetricFamily* family : {&sessions, &sessions_free, &slots, &slots_free, &session_bytes,
+                                           &state_bytes, &model_bytes, &running, &waiting}) {
     families.push_back(std::move(*family));
   }
   const auto add = [&families](prometheus::MetricFamily family, double value) {

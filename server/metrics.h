@@ -3,7 +3,8 @@
 // Names start with deltanet_. Labels: `model` (the names given at start), `method` (the RPCs), `code` (gRPC's
 // names), `reason` (those of proto/wire.h); never anything that a client chose.
 //
-//   requests_total{method,code}            RPCs that ended; a stream is one; CANCELLED where the client gave it
+//   requests_total{method,code}            RPCs that ended; a stream is one; CANCELLED where the client gave
+//   it
 //                                          up or was gone
 //   stream_messages_total{code}            messages of StreamForward that were answered
 //   errors_total{reason}                   answers that were an error, of RPCs and messages
@@ -19,6 +20,12 @@
 //   step_compute_seconds{model}            of each step of the batch: computing it
 //   step_tokens{model}, step_rows{model}   of each step of the batch
 //   tokens_total{model}                    tokens computed
+//   time_to_first_token_seconds{model}     of each generation: from its coming into the queue
+//   time_per_output_token_seconds{model}   of each later token: since the one before it
+//   prompt_tokens_total{model}             tokens that generations took in
+//   generated_tokens_total{model}          tokens that they made
+//   generations_finished_total{model,reason}    length, stop_id, stop_text, cancelled or error
+//   generations_running{model}, generations_waiting{model}    now: at a token or at their prompt, or queued
 //   sessions{model}, sessions_free{model}, slots{model}, slots_free{model}                     now
 //   session_bytes{model}, state_bytes{model}, model_bytes{model}    of one slot, of all, of the weights
 //   device_memory_bytes, device_memory_free_bytes    of the device, whoever holds it; not there for the CPU
@@ -58,10 +65,24 @@
 
 namespace deltanet {
 
-enum class Method { kForward, kStreamForward, kGetModel, kListModels, kEndSession, kListSessions };
-inline constexpr int kNumMethods = 6;
+enum class Method {
+  kForward,
+  kStreamForward,
+  kGenerate,
+  kTokenize,
+  kDetokenize,
+  kGetModel,
+  kListModels,
+  kEndSession,
+  kListSessions
+};
+inline constexpr int kNumMethods = 9;
 inline constexpr int kNumCodes = 17;
 inline constexpr int kNumOutcomes = 6;  // Of a work.
+
+// How a generation ended.
+enum class GenerationEnd { kLength, kStopId, kStopText, kCancelled, kError };
+inline constexpr int kNumGenerationEnds = 5;
 
 // What can be asked for at any time; read when /metrics is.
 struct MetricsSnapshot {
@@ -72,6 +93,8 @@ struct MetricsSnapshot {
     int64_t session_bytes = 0;
     int64_t slots = 0;
     int64_t weight_bytes = 0;
+    int64_t generations_running = 0;
+    int64_t generations_waiting = 0;
   };
   std::vector<OfModel> models;  // In the order of their numbers.
   int64_t queued_works = 0;
@@ -101,11 +124,14 @@ class Metrics : public BatchObserver {
   // A stream gave output: `after` the arrival of its first message, or its last output.
   void OnFirstStreamOutput(absl::Duration after);
   void OnNextStreamOutput(absl::Duration after);
+  // A generation is over, which has taken in `prompt_tokens` (0: it did not come to that).
+  void OnGenerationDone(int model, GenerationEnd end, int64_t prompt_tokens);
   // The batch thread does not get on.
   void OnStall();
 
   void OnStep(const Step& step) override;
   void OnWorkDone(int model, const WorkResult& result) override;
+  void OnToken(int model, bool first, absl::Duration since) override;
   void OnDeviceLost(const absl::Status& status) override;
 
   // The text format of Prometheus. `snapshot` is what is true now.
@@ -122,6 +148,11 @@ class Metrics : public BatchObserver {
     prometheus::Histogram* step_tokens = nullptr;
     prometheus::Histogram* step_rows = nullptr;
     prometheus::Counter* tokens = nullptr;
+    prometheus::Histogram* first_token = nullptr;
+    prometheus::Histogram* next_token = nullptr;
+    prometheus::Counter* prompt_tokens = nullptr;
+    prometheus::Counter* generated_tokens = nullptr;
+    std::array<prometheus::Counter*, kNumGenerationEnds> generations;
   };
 
   void CountError(const absl::Status& status);

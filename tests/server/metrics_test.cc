@@ -37,9 +37,16 @@ TEST(Metrics, EachFeedShowsInItsSeries) {
   }
   metrics.OnFirstStreamOutput(absl::Milliseconds(2));
   metrics.OnNextStreamOutput(absl::Milliseconds(20));
+  metrics.OnRequestDone(Method::kDetokenize,
+                        MakeError(absl::StatusCode::kFailedPrecondition, reason::kNoTokenizer, "x"));
+  metrics.OnToken(0, /*first=*/true, absl::Milliseconds(2));
+  metrics.OnToken(0, /*first=*/false, absl::Microseconds(400));
+  metrics.OnToken(0, /*first=*/false, absl::Microseconds(600));
+  metrics.OnGenerationDone(0, GenerationEnd::kStopText, 30);
+  metrics.OnGenerationDone(0, GenerationEnd::kError, 0);
   metrics.OnStall();
   metrics.OnDeviceLost(absl::DataLossError("x"));
-  MetricsSnapshot snapshot{{{1, 2, 3, 4, 5, 6}, {5, 6, 7, 8, 9, 10}}, 9, 10};
+  MetricsSnapshot snapshot{{{1, 2, 3, 4, 5, 6, 21, 22}, {5, 6, 7, 8, 9, 10}}, 9, 10};
   snapshot.sessions_expired = 11;
   snapshot.draining = true;
   snapshot.batch_thread_progress = absl::FromUnixSeconds(12);
@@ -81,6 +88,26 @@ TEST(Metrics, EachFeedShowsInItsSeries) {
            "deltanet_step_form_seconds_bucket{model=\"b\",le=\"0.0001\"} 1",
            "deltanet_stream_first_output_seconds_bucket{le=\"0.0025\"} 1",
            "deltanet_stream_output_interval_seconds_bucket{le=\"0.025\"} 1",
+           "deltanet_requests_total{code=\"FAILED_PRECONDITION\",method=\"Detokenize\"} 1",
+           "deltanet_requests_total{code=\"OK\",method=\"Generate\"} 0",
+           "deltanet_errors_total{reason=\"NO_TOKENIZER\"} 1",
+           "deltanet_errors_total{reason=\"NOT_GENERATIVE\"} 0",
+           "deltanet_time_to_first_token_seconds_bucket{model=\"a\",le=\"0.001\"} 0",
+           "deltanet_time_to_first_token_seconds_bucket{model=\"a\",le=\"0.0025\"} 1",
+           "deltanet_time_to_first_token_seconds_bucket{model=\"a\",le=\"60\"} 1",
+           "deltanet_time_per_output_token_seconds_bucket{model=\"a\",le=\"0.0005\"} 1",
+           "deltanet_time_per_output_token_seconds_bucket{model=\"a\",le=\"2\"} 2",
+           "deltanet_prompt_tokens_total{model=\"a\"} 30",
+           "deltanet_generated_tokens_total{model=\"a\"} 3",
+           "deltanet_generated_tokens_total{model=\"b\"} 0",
+           "deltanet_generations_finished_total{model=\"a\",reason=\"stop_text\"} 1",
+           "deltanet_generations_finished_total{model=\"a\",reason=\"error\"} 1",
+           "deltanet_generations_finished_total{model=\"a\",reason=\"length\"} 0",
+           "deltanet_generations_finished_total{model=\"b\",reason=\"stop_id\"} 0",
+           "deltanet_generations_finished_total{model=\"b\",reason=\"cancelled\"} 0",
+           "deltanet_generations_running{model=\"a\"} 21",
+           "deltanet_generations_waiting{model=\"a\"} 22",
+           "deltanet_generations_running{model=\"b\"} 0",
            "deltanet_slots{model=\"a\"} 5",
            "deltanet_state_bytes{model=\"a\"} 20",
            "deltanet_model_bytes{model=\"b\"} 10",
