@@ -186,6 +186,10 @@ std::vector<Flag> MakeFlags() {
       Integer(&C::max_step_tokens, 64, 1 << 20));
   add("max-step-rows", "N", "256", "sequences of one step of the batch",
       Integer(&C::max_step_rows, 1, 1 << 16));
+  add("mixed-step-tokens", "N", "256",
+      "tokens of prompts and streams that a step takes along with sequences that generate: fewer, and the\n"
+      "time between their tokens is more even; more, and prompts are taken in faster",
+      Integer(&C::mixed_step_tokens, 64, 1 << 20));
   add("max-queued-requests", "N", "4096", "sequences that may wait, and the most that one request may have",
       Integer(&C::max_queued_requests, 1, 1 << 24));
   add("max-queued-tokens", "N", "1048576", "tokens that may wait, and the most that one request may have",
@@ -204,6 +208,11 @@ std::vector<Flag> MakeFlags() {
   add("max-response-bytes", "BYTES", "0",
       "largest output of one message, looked at before it is computed; 0: what the response may weigh",
       Bytes(&C::max_response_bytes, 0, INT32_MAX));
+  add("max-generated-tokens", "N", "4096", "the most that one Generate may ask for",
+      Integer(&C::max_generated_tokens, 1, int64_t{1} << 30));
+  add("default-generated-tokens", "N", "256",
+      "what a Generate gets that does not say how many; no more than --max-generated-tokens",
+      Integer(&C::default_generated_tokens, 1, int64_t{1} << 30));
   add("max-concurrent-streams", "N", "1000", "calls at a time on one connection; more wait at the client",
       Integer(&C::max_concurrent_streams, 1, INT32_MAX));
   add("keepalive-time", "DURATION", "30s",

@@ -38,6 +38,7 @@ struct ServerConfig {
   double state_memory_percent = 0;
   int64_t max_step_tokens = 2048;
   int64_t max_step_rows = 256;
+  int64_t mixed_step_tokens = 256;
   int64_t max_queued_requests = 4096;
   int64_t max_queued_tokens = int64_t{1} << 20;
   absl::Duration session_ttl = absl::Minutes(10);
@@ -45,6 +46,8 @@ struct ServerConfig {
   int64_t max_sessions_per_peer = 0;  // 0: no limit.
   int64_t max_message_bytes = int64_t{64} << 20;
   int64_t max_response_bytes = 0;  // 0: what a message holds.
+  int64_t max_generated_tokens = 4096;
+  int64_t default_generated_tokens = 256;  // At most max_generated_tokens are meant.
   int64_t max_concurrent_streams = 1000;
   absl::Duration keepalive_time = absl::Seconds(30);
   absl::Duration keepalive_timeout = absl::Seconds(10);

@@ -1,6 +1,7 @@
 #include "server/deltanet_service.h"
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -8,6 +9,7 @@
 #include "model/base/status_macros.h"
 #include "proto/wire.h"
 #include "server/forward_reactor.h"
+#include "server/generate_reactor.h"
 #include "server/stream_forward_reactor.h"
 
 namespace deltanet {
@@ -28,6 +30,26 @@ grpc::ServerBidiReactor<v1::StreamForwardRequest, v1::StreamForwardResponse>* De
     grpc::CallbackServerContext* call) {
   call->AddInitialMetadata(kVersionMetadata, context_->version);
   return StreamForwardReactor::Start(context_, call);
+}
+
+grpc::ServerWriteReactor<v1::GenerateResponse>* DeltaNetService::Generate(
+    grpc::CallbackServerContext* call, const v1::GenerateRequest* request) {
+  call->AddInitialMetadata(kVersionMetadata, context_->version);
+  return GenerateReactor::Start(context_, call, request);
+}
+
+grpc::ServerUnaryReactor* DeltaNetService::Tokenize(grpc::CallbackServerContext* call,
+                                                    const v1::TokenizeRequest* request,
+                                                    v1::TokenizeResponse* response) {
+  const absl::Time arrival = context_->clock->Now();
+  return Answer(call, Method::kTokenize, arrival, FillIds(*request, response));
+}
+
+grpc::ServerUnaryReactor* DeltaNetService::Detokenize(grpc::CallbackServerContext* call,
+                                                      const v1::DetokenizeRequest* request,
+                                                      v1::DetokenizeResponse* response) {
+  const absl::Time arrival = context_->clock->Now();
+  return Answer(call, Method::kDetokenize, arrival, FillText(*request, response));
 }
 
 grpc::ServerUnaryReactor* DeltaNetService::GetModel(grpc::CallbackServerContext* call,
@@ -76,6 +98,32 @@ grpc::ServerUnaryReactor* DeltaNetService::Answer(grpc::CallbackServerContext* c
   return reactor;
 }
 
+absl::Status DeltaNetService::FillIds(const v1::TokenizeRequest& request,
+                                      v1::TokenizeResponse* response) const {
+  ASSIGN_OR_RETURN(const int model, context_->FindModel(request.model()));
+  ASSIGN_OR_RETURN(const std::vector<int64_t> ids,
+                   context_->Tokenize(model, request.text(), TextPlace::kBegins));
+  const std::optional<int64_t> bos_id = context_->batcher->description(model).bos_id;
+  if (request.add_bos() && bos_id.has_value()) response->add_ids(*bos_id);
+  response->mutable_ids()->Add(ids.begin(), ids.end());
+  return absl::OkStatus();
+}
+
+absl::Status DeltaNetService::FillText(const v1::DetokenizeRequest& request,
+                                       v1::DetokenizeResponse* response) const {
+  ASSIGN_OR_RETURN(const int model, context_->FindModel(request.model()));
+  ASSIGN_OR_RETURN(const Tokenizer* tokenizer, context_->FindTokenizer(model));
+  const absl::StatusOr<std::string> text = tokenizer->Decode(request.ids());
+  if (!text.ok()) return InvalidRequest(text.status().message());
+  if (static_cast<int64_t>(text->size()) > context_->request_limits.max_response_bytes) {
+    return MakeError(absl::StatusCode::kResourceExhausted, reason::kResponseTooLarge,
+                     absl::StrCat("the text would be ", text->size(), " bytes, want at most ",
+                                  context_->request_limits.max_response_bytes, ": send fewer ids at a time"));
+  }
+  response->set_text(*text);
+  return absl::OkStatus();
+}
+
 void DeltaNetService::DescribeModel(int model, v1::ModelInfo* info) const {
   const ModelDescription& description = context_->batcher->description(model);
   info->set_name(context_->model_names[model]);
@@ -101,6 +149,13 @@ void DeltaNetService::DescribeModel(int model, v1::ModelInfo* info) const {
   info->set_sessions(context_->sessions->sessions(model));
   info->set_sessions_free(context_->sessions->sessions_free(model));
   info->set_max_response_bytes(context_->request_limits.max_response_bytes);
+  info->set_generates(description.generates);
+  info->set_has_tokenizer(context_->tokenizers[model].tokenizer != nullptr);
+  if (description.bos_id.has_value()) info->set_bos_id(*description.bos_id);
+  info->mutable_eos_ids()->Add(description.eos_ids.begin(), description.eos_ids.end());
+  if (description.generates) {
+    info->set_max_generated_tokens(context_->request_limits.max_generated_tokens);
+  }
 }
 
 absl::Status DeltaNetService::FillSessions(const v1::ListSessionsRequest& request,

@@ -1,4 +1,5 @@
-// deltanet.v1.DeltaNetService: answers the small calls itself and starts a reactor for the two that compute.
+// deltanet.v1.DeltaNetService: answers the small calls itself and starts a reactor for the three that
+// compute.
 #ifndef DELTANET_SERVER_DELTANET_SERVICE_H_
 #define DELTANET_SERVER_DELTANET_SERVICE_H_
 
@@ -24,6 +25,13 @@ class DeltaNetService : public v1::DeltaNetService::CallbackService {
                                     v1::ForwardResponse* response) override;
   grpc::ServerBidiReactor<v1::StreamForwardRequest, v1::StreamForwardResponse>* StreamForward(
       grpc::CallbackServerContext* call) override;
+  grpc::ServerWriteReactor<v1::GenerateResponse>* Generate(grpc::CallbackServerContext* call,
+                                                           const v1::GenerateRequest* request) override;
+  grpc::ServerUnaryReactor* Tokenize(grpc::CallbackServerContext* call, const v1::TokenizeRequest* request,
+                                     v1::TokenizeResponse* response) override;
+  grpc::ServerUnaryReactor* Detokenize(grpc::CallbackServerContext* call,
+                                       const v1::DetokenizeRequest* request,
+                                       v1::DetokenizeResponse* response) override;
   grpc::ServerUnaryReactor* GetModel(grpc::CallbackServerContext* call, const v1::GetModelRequest* request,
                                      v1::GetModelResponse* response) override;
   grpc::ServerUnaryReactor* ListModels(grpc::CallbackServerContext* call,
@@ -39,6 +47,8 @@ class DeltaNetService : public v1::DeltaNetService::CallbackService {
  private:
   grpc::ServerUnaryReactor* Answer(grpc::CallbackServerContext* call, Method method, absl::Time arrival,
                                    const absl::Status& status) const;
+  absl::Status FillIds(const v1::TokenizeRequest& request, v1::TokenizeResponse* response) const;
+  absl::Status FillText(const v1::DetokenizeRequest& request, v1::DetokenizeResponse* response) const;
   void DescribeModel(int model, v1::ModelInfo* info) const;
   absl::Status FillSessions(const v1::ListSessionsRequest& request, v1::ListSessionsResponse* response) const;
 

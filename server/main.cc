@@ -1,6 +1,7 @@
 // deltanet-server: reads the settings, loads the models, serves.
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -18,6 +19,7 @@
 #include "server/log.h"
 #include "server/serve.h"
 #include "server/server.h"
+#include "server/tokenizer.h"
 
 namespace deltanet {
 namespace {
@@ -38,7 +40,15 @@ absl::StatusOr<std::vector<NamedModel>> LoadAll(const ServerConfig& config) {
   options.cpu_threads = config.threads > 0 ? config.threads : AvailableCpus();
 
   std::vector<std::string> directories;
-  for (const auto& [name, directory] : config.models) directories.push_back(directory);
+  std::vector<absl::StatusOr<std::unique_ptr<Tokenizer>>> tokenizers;
+  for (const auto& [name, directory] : config.models) {
+    directories.push_back(directory);
+    tokenizers.push_back(Tokenizer::Load(directory));
+    // There and of no use: better known before the weights are read.
+    if (!tokenizers.back().ok() && !absl::IsNotFound(tokenizers.back().status())) {
+      return tokenizers.back().status();
+    }
+  }
   LoadLog log(Clock::Real(), [](const ModelLoadProgress& progress, absl::Duration elapsed) {
     Log(LogLevel::kInfo, "model_loading",
         {{"directory", progress.directory},
@@ -60,6 +70,19 @@ absl::StatusOr<std::vector<NamedModel>> LoadAll(const ServerConfig& config) {
          {"session_bytes", absl::StrCat(description.session_bytes)},
          {"slots", absl::StrCat(description.num_slots)}});
     named.push_back({config.models[i].first, std::move(models[i])});
+    if (!description.takes_tokens) continue;
+    if (!tokenizers[i].ok()) {
+      named.back().no_tokenizer = std::string(tokenizers[i].status().message());
+      Log(LogLevel::kInfo, "no_tokenizer",
+          {{"model", config.models[i].first}, {"message", named.back().no_tokenizer}});
+      continue;
+    }
+    named.back().tokenizer = *std::move(tokenizers[i]);
+    const int64_t pieces = named.back().tokenizer->size();
+    Log(pieces > description.vocab_size ? LogLevel::kWarning : LogLevel::kInfo, "tokenizer_loaded",
+        {{"model", config.models[i].first},
+         {"pieces", absl::StrCat(pieces)},
+         {"vocab_size", absl::StrCat(description.vocab_size)}});
   }
   return named;
 }

@@ -41,6 +41,9 @@ ServerOptions OptionsOf(const ServerConfig& config) {
   options.max_sessions = config.max_sessions;
   options.batcher.max_queued_works = config.max_queued_requests;
   options.batcher.max_queued_tokens = config.max_queued_tokens;
+  options.batcher.mixed_step_tokens = config.mixed_step_tokens;
+  options.max_generated_tokens = config.max_generated_tokens;
+  options.default_generated_tokens = config.default_generated_tokens;
   options.sessions.default_idle_ttl = config.session_ttl;
   options.sessions.max_idle_ttl = config.max_session_ttl;
   options.max_message_bytes = config.max_message_bytes;

@@ -27,6 +27,12 @@
 namespace deltanet {
 namespace {
 
+// Longer texts are not looked at: even common words would be more tokens than a request may have.
+constexpr int64_t kMaxTextBytesPerToken = 8;
+
+// Threads that write answers.
+constexpr int kAnswerThreads = 2;
+
 // What a response holds beside its output: ids, shape, positions, times.
 constexpr int64_t kResponseOverheadBytes = 1024;
 
@@ -114,12 +120,20 @@ class Server::Impl {
       context_.request_limits.max_response_bytes =
           std::min(context_.request_limits.max_response_bytes, options.max_response_bytes);
     }
+    context_.request_limits.max_text_bytes = kMaxTextBytesPerToken * options.batcher.max_queued_tokens;
+    context_.request_limits.max_generated_tokens = options.max_generated_tokens;
+    context_.request_limits.default_generated_tokens =
+        std::min(options.default_generated_tokens, options.max_generated_tokens);
+    for (const NamedModel& model : models_) {
+      context_.tokenizers.push_back({model.tokenizer.get(), model.no_tokenizer});
+    }
     context_.stream_window_messages = options.stream_window_messages;
     context_.stream_window_bytes = options.stream_window_bytes;
     context_.batcher = &batcher_;
     context_.sessions = &sessions_;
     context_.metrics = &metrics_;
     context_.clock = options.clock;
+    context_.executor = &executor_;
     context_.calls = &calls_;
   }
 
@@ -286,7 +300,8 @@ class Server::Impl {
     for (int m = 0; m < static_cast<int>(models_.size()); ++m) {
       const ModelDescription& model = batcher_.description(m);
       snapshot.models.push_back({sessions_.sessions(m), sessions_.sessions_free(m), batcher_.free_slots(m),
-                                 model.session_bytes, model.num_slots, model.weight_bytes});
+                                 model.session_bytes, model.num_slots, model.weight_bytes,
+                                 batcher_.running_generations(m), batcher_.waiting_generations(m)});
     }
     snapshot.queued_works = batcher_.queued_works();
     snapshot.queued_tokens = batcher_.queued_tokens();
@@ -312,6 +327,7 @@ class Server::Impl {
   const absl::Time started_ = options_.clock->Now();
   const std::vector<NamedModel> models_;
   Observer metrics_;
+  Executor executor_{"answers", kAnswerThreads};
   Batcher batcher_;
   SessionStore sessions_;
   ActiveCalls calls_;

@@ -18,6 +18,7 @@
 #include "server/config.h"
 #include "server/session_store.h"
 #include "server/tls.h"
+#include "server/tokenizer.h"
 
 namespace deltanet {
 
@@ -27,6 +28,8 @@ std::string ServerVersion();
 struct NamedModel {
   std::string name;
   std::unique_ptr<Model> model;
+  std::unique_ptr<const Tokenizer> tokenizer = nullptr;     // Null: the model is served by ids, ...
+  std::string no_tokenizer = "the model has no tokenizer";  // ...and this is why, for clients.
 };
 
 // What one client's connection may cost.
@@ -50,6 +53,8 @@ struct ServerOptions {
   SessionStoreOptions sessions;
   int64_t max_message_bytes = int64_t{64} << 20;
   int64_t max_response_bytes = 0;  // Of a response's output, checked before computing; 0: as the message.
+  int64_t max_generated_tokens = 4096;     // Of one Generate,
+  int64_t default_generated_tokens = 256;  // and what one gets that does not say; at most the maximum.
   ConnectionLimits connections;
   // Unanswered or unwritten work of a stream, above which the stream is not read.
   int64_t stream_window_messages = 64;

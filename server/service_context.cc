@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "model/base/status_macros.h"
 #include "proto/wire.h"
 #include "server/log.h"
 
@@ -59,6 +60,22 @@ absl::StatusOr<int> ServiceContext::FindModel(const std::string& name) const {
   if (found != model_names.end() && *found == name) return static_cast<int>(found - model_names.begin());
   return MakeError(absl::StatusCode::kNotFound, reason::kModelNotFound,
                    absl::StrCat("model is \"", name, "\", want one of ", absl::StrJoin(model_names, ", ")));
+}
+
+absl::StatusOr<const Tokenizer*> ServiceContext::FindTokenizer(int model) const {
+  const ModelTokenizer& found = tokenizers[model];
+  if (found.tokenizer != nullptr) return found.tokenizer;
+  return MakeError(absl::StatusCode::kFailedPrecondition, reason::kNoTokenizer, found.why_not);
+}
+
+absl::StatusOr<std::vector<int64_t>> ServiceContext::Tokenize(int model, const std::string& text,
+                                                              TextPlace place) const {
+  ASSIGN_OR_RETURN(const Tokenizer* tokenizer, FindTokenizer(model));
+  RETURN_IF_ERROR(CheckText(text, request_limits));
+  absl::StatusOr<std::vector<int64_t>> ids = tokenizer->Encode(text, place);
+  if (!ids.ok()) return InvalidRequest(ids.status().message());
+  RETURN_IF_ERROR(CheckIds("text's id", *ids, batcher->description(model).vocab_size));
+  return ids;
 }
 
 std::string PeerOf(const grpc::CallbackServerContext& call) {

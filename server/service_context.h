@@ -17,9 +17,11 @@
 #include "model/base/mutex.h"
 #include "server/batcher.h"
 #include "server/clock.h"
+#include "server/executor.h"
 #include "server/metrics.h"
 #include "server/request_validation.h"
 #include "server/session_store.h"
+#include "server/tokenizer.h"
 
 namespace deltanet {
 
@@ -51,9 +53,16 @@ class ActiveCalls {
   std::map<uint64_t, std::weak_ptr<Drainable>> calls_ ABSL_GUARDED_BY(mu_);
 };
 
+// A model's tokenizer, or why it has none.
+struct ModelTokenizer {
+  const Tokenizer* tokenizer = nullptr;
+  std::string why_not;
+};
+
 // Constant while the service runs; everything pointed to is thread-safe, and owned by the server.
 struct ServiceContext {
-  std::vector<std::string> model_names;  // In the order of the batcher's numbers, and of the alphabet.
+  std::vector<std::string> model_names;    // In the order of the batcher's numbers, and of the alphabet.
+  std::vector<ModelTokenizer> tokenizers;  // In the same order.
   std::string version;
   RequestLimits request_limits;
   // How much unanswered or unwritten work a stream may have before it is not read any more.
@@ -65,10 +74,15 @@ struct ServiceContext {
   Metrics* metrics = nullptr;
   Clock* clock = nullptr;
   ActiveCalls* calls = nullptr;
+  Executor* executor = nullptr;  // For what is not to keep the batch thread: serializing and writing answers.
 
   // The number of the model of that name; of the only one if `name` is empty. NOT_FOUND (MODEL_NOT_FOUND), or
   // INVALID_ARGUMENT if it is empty and there are several.
   absl::StatusOr<int> FindModel(const std::string& name) const;
+  // FAILED_PRECONDITION (NO_TOKENIZER) if it has none.
+  absl::StatusOr<const Tokenizer*> FindTokenizer(int model) const;
+  // The ids of `text`, all of which the model knows. INVALID_ARGUMENT, FAILED_PRECONDITION (NO_TOKENIZER).
+  absl::StatusOr<std::vector<int64_t>> Tokenize(int model, const std::string& text, TextPlace place) const;
 };
 
 // Who calls, as a limit for each client sees it: the identity of its certificate, or else its address without

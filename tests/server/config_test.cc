@@ -52,7 +52,8 @@ TEST(Config, EveryFlag) {
       "--max-session-ttl 2h --max-message-bytes 1MiB --drain-timeout 0 --step-timeout 5m --threads 4 "
       "--max-sessions-per-peer 11 --max-response-bytes 1KiB --max-concurrent-streams 12 "
       "--keepalive-time 13s --keepalive-timeout 14s --max-connection-age 15s "
-      "--max-connection-age-grace 16s --tls-cert c.pem --tls-key k.pem --tls-client-ca r.pem",
+      "--max-connection-age-grace 16s --mixed-step-tokens 192 --max-generated-tokens 1000 "
+      "--default-generated-tokens 17 --tls-cert c.pem --tls-key k.pem --tls-client-ca r.pem",
       ' '));
   ASSERT_TRUE(config.ok()) << config.status();
   EXPECT_THAT(config->models, ElementsAre(Pair("b", "dir=with=equals"), Pair("a", "x")));
@@ -80,6 +81,9 @@ TEST(Config, EveryFlag) {
   EXPECT_EQ(config->keepalive_timeout, absl::Seconds(14));
   EXPECT_EQ(config->max_connection_age, absl::Seconds(15));
   EXPECT_EQ(config->max_connection_age_grace, absl::Seconds(16));
+  EXPECT_EQ(config->mixed_step_tokens, 192);
+  EXPECT_EQ(config->max_generated_tokens, 1000);
+  EXPECT_EQ(config->default_generated_tokens, 17);
   EXPECT_EQ(config->tls.certificate, "c.pem");
   EXPECT_EQ(config->tls.key, "k.pem");
   EXPECT_EQ(config->tls.client_ca, "r.pem");
@@ -130,7 +134,9 @@ INSTANTIATE_TEST_SUITE_P(
         Wrong{{"--listen", ":50051"}, "want HOST:PORT"}, Wrong{{"--listen", "h:65536"}, "want HOST:PORT"},
         Wrong{{"--listen", "::1:50051"}, "want HOST:PORT"},
         Wrong{{"--max-sessions", "-1"}, "--max-sessions is \"-1\", want a whole number from 0"},
-        Wrong{{"--max-step-tokens", "63"}, "from 64"},
+        Wrong{{"--max-step-tokens", "63"}, "from 64"}, Wrong{{"--mixed-step-tokens", "63"}, "from 64"},
+        Wrong{{"--max-generated-tokens", "0"}, "from 1"},
+        Wrong{{"--default-generated-tokens", "0"}, "from 1"},
         Wrong{{"--state-memory", "0"}, "--state-memory is \"0\", want bytes"},
         Wrong{{"--state-memory", "101%"}, "want bytes"}, Wrong{{"--state-memory", "nan%"}, "want bytes"},
         Wrong{{"--state-memory", "9223372036854775807KiB"}, "want bytes"},
