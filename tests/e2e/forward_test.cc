@@ -1,7 +1,10 @@
 // Forward, with and without a session.
+#include <algorithm>
 #include <cmath>
+#include <random>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "gmock/gmock.h"
@@ -74,6 +77,165 @@ TEST(Forward, HalfPrecisionInput) {
   const auto result = server.client().Forward({half.data(), {10, kWidth}, DType::kFloat16}, {});
   ASSERT_TRUE(result.ok()) << result.status();
   EXPECT_EQ(Floats(result->output), server.model().ExpectedOutput(input));
+}
+
+// The log-probability of each id but the first, by the logits before it.
+std::vector<float> ExpectedScores(const FakeModel& model, const std::vector<int64_t>& ids) {
+  std::vector<float> scores;
+  for (size_t i = 1; i < ids.size(); ++i) {
+    scores.push_back(LogProb(model.ExpectedLogits(absl::MakeSpan(ids).subspan(0, i)), ids[i]));
+  }
+  return scores;
+}
+
+// The most likely ids behind each of `ids`, and their log-probabilities.
+void ExpectTop(const FakeModel& model, const std::vector<int64_t>& ids, size_t first, const TopTokens& top) {
+  ASSERT_EQ(top.ids.size(), (ids.size() - first) * top.k);
+  ASSERT_EQ(top.log_probs.size(), top.ids.size());
+  for (size_t i = first; i < ids.size(); ++i) {
+    const auto expected = MostLikely(model.ExpectedLogits(absl::MakeSpan(ids).subspan(0, i + 1)), top.k);
+    for (int32_t k = 0; k < top.k; ++k) {
+      const size_t at = (i - first) * top.k + k;
+      EXPECT_EQ((ScoredId{top.ids[at], top.log_probs[at]}), expected[k]);
+    }
+  }
+}
+
+std::vector<int64_t> RandomIds(uint32_t seed, size_t count) {
+  std::mt19937 random(seed);
+  std::vector<int64_t> ids(count);
+  for (int64_t& id : ids) id = random() % kOutputWidth;
+  return ids;
+}
+
+TensorView View(const std::vector<int64_t>& ids) {
+  return {ids.data(), {static_cast<int64_t>(ids.size())}, DType::kInt64};
+}
+
+TEST(Forward, ScoresEachIdButTheFirst) {
+  TestServer server(FakeModelOptions{.takes_tokens = true});
+  const std::vector<int64_t> ids = RandomIds(1, 400);
+  const auto result = server.client().Score(ids, 3, {});
+  ASSERT_TRUE(result.ok()) << result.status();
+  EXPECT_EQ(result->log_probs, ExpectedScores(server.model(), ids));
+  EXPECT_EQ(result->output_position, 1);
+  EXPECT_EQ(result->committed_position, 400);
+  EXPECT_TRUE(result->output.data.empty());
+  ExpectTop(server.model(), {ids.begin(), ids.end() - 1}, 0, result->top);
+  const auto one = server.client().Score({3}, 0, {});
+  ASSERT_TRUE(one.ok()) << one.status();
+  EXPECT_TRUE(one->log_probs.empty());
+}
+
+TEST(Forward, ScoresABatch) {
+  TestServer server(FakeModelOptions{.takes_tokens = true, .num_slots = 3});
+  std::vector<int64_t> ids;
+  std::vector<float> expected;
+  for (uint32_t b = 0; b < 5; ++b) {
+    const std::vector<int64_t> sequence = RandomIds(b, 90);
+    ids.insert(ids.end(), sequence.begin(), sequence.end());
+    Append(ExpectedScores(server.model(), sequence), &expected);
+  }
+  const auto result =
+      server.client().Forward({ids.data(), {5, 90}, DType::kInt64},
+                              {.output_options = {.kind = OutputKind::kScores, .top_tokens = 1}});
+  ASSERT_TRUE(result.ok()) << result.status();
+  EXPECT_EQ(result->log_probs, expected);
+  ASSERT_EQ(result->top.ids.size(), 5u * 89);
+  const std::vector<int64_t> last(ids.end() - 90, ids.end() - 1);
+  ExpectTop(server.model(), last, 0,
+            {1,
+             {result->top.ids.end() - 89, result->top.ids.end()},
+             {result->top.log_probs.end() - 89, result->top.log_probs.end()}});
+}
+
+TEST(Forward, ASessionScoresTheFirstIdOfALaterMessageToo) {
+  TestServer server(FakeModelOptions{.takes_tokens = true});
+  const std::vector<int64_t> ids = RandomIds(2, 300);
+  std::vector<float> scores;
+  for (const auto& [begin, end] :
+       std::vector<std::pair<int64_t, int64_t>>{{0, 1}, {1, 2}, {2, 290}, {290, 300}}) {
+    const std::vector<int64_t> part(ids.begin() + begin, ids.begin() + end);
+    const auto result = server.client().Score(
+        part, 0, {.session = SessionChoice{"s", begin == 0}, .end_of_sequence = end == 300});
+    ASSERT_TRUE(result.ok()) << result.status();
+    EXPECT_EQ(result->output_position, std::max<int64_t>(begin, 1));
+    Append(result->log_probs, &scores);
+  }
+  EXPECT_EQ(scores, ExpectedScores(server.model(), ids));
+}
+
+TEST(Forward, TheMostLikelyIdsOfEachTokenOrTheLast) {
+  TestServer server(FakeModelOptions{.takes_tokens = true});
+  const std::vector<int64_t> ids = RandomIds(3, 300);
+  const auto all = server.client().Forward(
+      View(ids), {.output_options = {.kind = OutputKind::kTop, .top_tokens = kOutputWidth}});
+  ASSERT_TRUE(all.ok()) << all.status();
+  EXPECT_EQ(all->top.k, kOutputWidth);
+  EXPECT_EQ(all->output_position, 0);
+  ExpectTop(server.model(), ids, 0, all->top);
+  const auto last = server.client().Top(ids, 2, {});
+  ASSERT_TRUE(last.ok()) << last.status();
+  EXPECT_EQ(last->output_position, 299);
+  ExpectTop(server.model(), ids, 299, last->top);
+}
+
+TEST(Forward, TheLastTokensLogitsAlone) {
+  TestServer server(FakeModelOptions{.takes_tokens = true});
+  std::vector<int64_t> ids;
+  std::vector<float> expected;
+  for (uint32_t b = 0; b < 3; ++b) {
+    const std::vector<int64_t> sequence = RandomIds(b, 300);
+    ids.insert(ids.end(), sequence.begin(), sequence.end());
+    Append(server.model().ExpectedLogits(sequence), &expected);
+  }
+  const auto result =
+      server.client().Forward({ids.data(), {3, 300}, DType::kInt64}, {.output_options = {.last_only = true}});
+  ASSERT_TRUE(result.ok()) << result.status();
+  EXPECT_THAT(result->output.shape, ElementsAre(3, 1, kOutputWidth));
+  EXPECT_EQ(Floats(result->output), expected);
+  EXPECT_EQ(result->output_position, 299);
+  EXPECT_EQ(result->committed_position, 300);
+}
+
+TEST(Forward, TheLastTokensOutputOfAModelOverValues) {
+  TestServer server(FakeModelOptions{});
+  const std::vector<float> input = RandomValues(1, 10);
+  const auto result = server.client().Forward(AllTokens(input), {.output_options = {.last_only = true}});
+  ASSERT_TRUE(result.ok()) << result.status();
+  const std::vector<float> expected = server.model().ExpectedOutput(input);
+  EXPECT_EQ(Floats(result->output), std::vector<float>(expected.end() - kOutputWidth, expected.end()));
+}
+
+TEST(Forward, ResponsesAreWeighedByWhatIsAskedFor) {
+  ServerOptions options;
+  options.max_response_bytes = 10 * kOutputWidth * 4;  // The logits of 10 tokens.
+  TestServer server(FakeModelOptions{.takes_tokens = true}, options);
+  const std::vector<int64_t> ids = RandomIds(3, 60);
+  const auto refused = server.client().Forward(View(ids), {});
+  EXPECT_EQ(ErrorReason(refused.status()), reason::kResponseTooLarge);
+  EXPECT_THAT(std::string(refused.status().message()), HasSubstr("1920 bytes, want at most 320 bytes"));
+  EXPECT_TRUE(server.model().launched().empty());
+  EXPECT_TRUE(server.client().Score(ids, 0, {}).ok());
+  EXPECT_TRUE(server.client().Top(ids, 8, {}).ok());
+  EXPECT_TRUE(server.client().Forward(View(ids), {.output_options = {.last_only = true}}).ok());
+}
+
+TEST(Forward, AFlushOfAModelThatScoresIsEmpty) {
+  TestServer server(FakeModelOptions{.takes_tokens = true});
+  for (const OutputOptions& options :
+       {OutputOptions{.kind = OutputKind::kScores},
+        OutputOptions{.kind = OutputKind::kTop, .last_only = true, .top_tokens = 1},
+        OutputOptions{.last_only = true}}) {
+    const auto fresh = server.client().Forward(
+        {nullptr, {0}, DType::kInt64},
+        {.session = SessionChoice{"s", true}, .end_of_sequence = true, .output_options = options});
+    ASSERT_TRUE(fresh.ok()) << fresh.status();
+    EXPECT_TRUE(fresh->log_probs.empty());
+    EXPECT_TRUE(fresh->top.ids.empty());
+    EXPECT_TRUE(fresh->output.data.empty());
+    EXPECT_EQ(fresh->committed_position, 0);
+  }
 }
 
 TEST(Forward, ASessionGoesOnWhereItWas) {
@@ -213,6 +375,18 @@ INSTANTIATE_TEST_SUITE_P(
                                  absl::StatusCode::kResourceExhausted,
                                  reason::kResponseTooLarge,
                                  "want at most 1047552 bytes"},
+                      BadRequest{"NotGenerative",
+                                 {Zeros().data(), {1, 3}},
+                                 {.model = "a", .output_options = {.kind = OutputKind::kScores}},
+                                 absl::StatusCode::kFailedPrecondition,
+                                 reason::kNotGenerative,
+                                 "the model cannot give OUTPUT_SCORES"},
+                      BadRequest{"TopTokens",
+                                 {Zeros().data(), {1, 3}},
+                                 {.model = "a", .output_options = {.top_tokens = 3}},
+                                 absl::StatusCode::kInvalidArgument,
+                                 reason::kInvalidRequest,
+                                 "output_options.top_tokens is 3"},
                       BadRequest{"RequestId",
                                  {Zeros().data(), {1, 3}},
                                  {.request_id = std::string(129, 'x'), .model = "a"},

@@ -356,7 +356,7 @@ TEST(Lifecycle, ATakenPortIsAnError) {
   const absl::Status grpc_taken = start(options);
   EXPECT_EQ(grpc_taken.code(), absl::StatusCode::kUnavailable);
   EXPECT_THAT(std::string(grpc_taken.message()), HasSubstr(server.target()));
-  options = {};
+  options = ServerOptions();
   options.metrics_listen.port = server.server().metrics_port();
   EXPECT_EQ(start(options).code(), absl::StatusCode::kUnavailable);
 }

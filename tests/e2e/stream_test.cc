@@ -65,6 +65,47 @@ INSTANTIATE_TEST_SUITE_P(Sizes, StreamChunks,
                                            Chunks{6, {1}}, Chunks{6, {7}}, Chunks{6, {64}},
                                            Chunks{6, {1, 299}}, Chunks{6, {300}}, Chunks{6, {5, 1, 90, 3}}));
 
+TEST(Stream, EachMessageSaysWhatIsMadeOfItsOutputs) {
+  TestServer server(FakeModelOptions{.takes_tokens = true});
+  const std::vector<int64_t> ids = {3, 1, 4, 1, 5, 2, 6, 5, 3, 5};
+  const auto part = [&](int64_t begin, int64_t end) {
+    return TensorView{ids.data() + begin, {end - begin}, DType::kInt64};
+  };
+  const auto logits = [&](size_t tokens) {
+    return server.model().ExpectedLogits(absl::MakeSpan(ids).subspan(0, tokens));
+  };
+  const auto stream = server.client().OpenStream({});
+  StreamResponse response = Exchange(
+      stream.get(), {.input = part(0, 2), .output_options = {.kind = OutputKind::kScores, .top_tokens = 2}});
+  ASSERT_TRUE(response.status.ok()) << response.status;
+  EXPECT_EQ(response.output_position, 1);
+  EXPECT_EQ(response.log_probs, std::vector<float>{LogProb(logits(1), 1)});
+  EXPECT_EQ(response.top.ids.size(), 2u);
+  EXPECT_EQ(response.top.ids[0], MostLikely(logits(1), 1)[0].id);
+  EXPECT_TRUE(response.output.data.empty());
+  response = Exchange(stream.get(), {.input = part(2, 4), .output_options = {.kind = OutputKind::kScores}});
+  ASSERT_TRUE(response.status.ok()) << response.status;
+  EXPECT_EQ(response.output_position, 2);
+  EXPECT_EQ(response.log_probs, (std::vector<float>{LogProb(logits(2), 4), LogProb(logits(3), 1)}));
+  response = Exchange(stream.get(),
+                      {.input = part(4, 8),
+                       .output_options = {.kind = OutputKind::kTop, .last_only = true, .top_tokens = 1}});
+  ASSERT_TRUE(response.status.ok()) << response.status;
+  EXPECT_EQ(response.output_position, 7);
+  EXPECT_EQ(response.top.ids, std::vector<int64_t>{MostLikely(logits(8), 1)[0].id});
+  EXPECT_TRUE(response.log_probs.empty());
+  response = Exchange(stream.get(), {.input = part(8, 10), .output_options = {.last_only = true}});
+  ASSERT_TRUE(response.status.ok()) << response.status;
+  EXPECT_EQ(Floats(response.output), logits(10));
+  EXPECT_EQ(response.output_position, 9);
+  EXPECT_EQ(server.Metric("deltanet_stream_output_interval_seconds_count"), 3) << "each gave output";
+
+  const StreamResponse bad = Exchange(
+      stream.get(), {.input = part(0, 1), .output_options = {.kind = OutputKind::kTop, .top_tokens = 9}});
+  EXPECT_EQ(ErrorReason(bad.status), reason::kInvalidRequest);
+  EXPECT_EQ(bad.committed_position, 10);
+}
+
 TEST(Stream, PipelinedMessagesOfManySessionsKeepTheirOrder) {
   TestServer server(FakeModelOptions{.lookahead = 2, .num_slots = 64});
   constexpr uint32_t kSessions = 20;

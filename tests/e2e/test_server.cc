@@ -16,12 +16,22 @@
 
 namespace deltanet {
 
-TestServer::TestServer(const FakeModels& models, const ServerOptions& options) {
+TestServer::TestServer(const FakeModels& models) : TestServer(models, ServerOptions()) {}
+TestServer::TestServer(const FakeModelOptions& model) : TestServer(FakeModels{{"m", model}}) {}
+TestServer::TestServer(const FakeModelOptions& model, const ServerOptions& options,
+                       const std::string& tokenizer)
+    : TestServer(FakeModels{{"m", model}}, options, tokenizer) {}
+
+TestServer::TestServer(const FakeModels& models, const ServerOptions& options, const std::string& tokenizer) {
   std::vector<NamedModel> named;
   for (const auto& [name, model_options] : models) {
     auto model = std::make_unique<FakeModel>(model_options);
     models_.push_back(model.get());
     named.push_back({name, std::move(model)});
+    if (!model_options.takes_tokens || tokenizer.empty()) continue;
+    auto loaded = Tokenizer::Load(absl::StrCat(DELTANET_TESTDATA, "/tokenizer/", tokenizer));
+    DELTANET_CHECK(loaded.ok(), "the test's tokenizer is not there");
+    named.back().tokenizer = *std::move(loaded);
   }
   absl::StatusOr<std::unique_ptr<Server>> server = Server::Start(options, std::move(named));
   DELTANET_CHECK(server.ok(), "the test's server does not start");

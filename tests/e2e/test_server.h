@@ -25,10 +25,12 @@ using FakeModels = std::vector<std::pair<std::string, FakeModelOptions>>;
 // A server and a client of it. The fake models may be steered while they serve.
 class TestServer {
  public:
-  explicit TestServer(const FakeModels& models, const ServerOptions& options = {});
+  explicit TestServer(const FakeModels& models);
+  // `tokenizer` is a folder of tests/testdata/tokenizer; models over ids have that one. Empty: none.
+  TestServer(const FakeModels& models, const ServerOptions& options, const std::string& tokenizer = "");
   // One model, "m".
-  explicit TestServer(const FakeModelOptions& model, const ServerOptions& options = {})
-      : TestServer(FakeModels{{"m", model}}, options) {}
+  explicit TestServer(const FakeModelOptions& model);
+  TestServer(const FakeModelOptions& model, const ServerOptions& options, const std::string& tokenizer = "");
 
   Server& server() { return *server_; }
   FakeModel& model(size_t number = 0) { return *models_[number]; }

@@ -107,7 +107,7 @@ ModelDescription Describe(const FakeModelOptions& options) {
   description.vocab_size = options.takes_tokens ? options.output_width : 0;
   description.generates = options.takes_tokens && options.lookahead == 0;
   description.bos_id = options.bos_id;
-  description.eos_ids = options.eos_ids;
+  if (options.eos_id.has_value()) description.eos_ids.push_back(*options.eos_id);
   if (options.takes_tokens) {
     description.max_step_logits =
         options.max_step_logits > 0 ? options.max_step_logits : options.max_step_tokens;

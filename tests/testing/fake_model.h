@@ -38,7 +38,7 @@ struct FakeModelOptions {
   // Over tokens:
   int64_t max_step_logits = 0;  // 0: max_step_tokens.
   std::optional<int64_t> bos_id;
-  std::vector<int64_t> eos_ids;
+  std::optional<int64_t> eos_id;
 };
 
 // An id and its log-probability.
