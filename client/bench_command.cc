@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "client/command.h"
+#include "client/generate_bench.h"
 #include "client/load_generator.h"
 #include "client/sequences.h"
 #include "model/base/status_macros.h"
@@ -17,7 +18,7 @@ namespace {
 class BenchCommand : public Command {
  public:
   void AddFlags(FlagSet* flags) override {
-    server_.AddTo(flags);
+    shared_.server.AddTo(flags);
     AddModelFlag(flags, &model_);
     flags->Add("sessions", "N",
                "sessions at a time, each on a stream of its own; with --unary, calls at a time", 1,
@@ -25,42 +26,48 @@ class BenchCommand : public Command {
     flags->Add("chunk", "N", "tokens a message", 1, &chunk_);
     flags->Add("duration", "TIME", "how long to send; 10s if --count is not given either", &duration_);
     flags->Add("count", "N", "messages to send in all", 1, &count_);
-    flags->Add("rate", "R",
-               "messages a second in all, sent at their time whether answers come or not, with latencies "
-               "from that time "
-               "(open loop); 0: each session sends when it is answered (closed loop)",
-               &rate_);
-    flags->Add("connections", "N", "TCP connections, with a thread each; at most --sessions", 1,
-               &connections_);
+    flags->Add(
+        "rate", "R",
+        "messages a second in all, sent at their time whether answers come or not, with latencies "
+        "from that time "
+        "(open loop); 0: each session sends when it is answered (closed loop); with --generate, requests "
+        "a second at random times (a Poisson process)",
+        &shared_.rate);
+    flags->Add("connections", "N", "TCP connections, with a thread each; at most --sessions or --concurrency",
+               1, &shared_.connections);
     flags->Add("unary", "stateless Forward calls instead of streams", &unary_);
     flags->Add("batch", "N", "sequences a call, with --unary", 1, &batch_);
-    flags->Add("json", "FILE", "write the result there too", &json_);
+    flags->Add("json", "FILE", "write the result there too", &shared_.json);
+    generate_.AddTo(flags);
   }
 
   absl::Status CheckFlags(const FlagSet& flags) const override {
-    if (connections_ > sessions_) {
+    RETURN_IF_ERROR(generate_.Check(flags, shared_));
+    if (generate_.wanted()) return absl::OkStatus();
+    if (shared_.connections > sessions_) {
       return absl::InvalidArgumentError(
-          absl::StrCat("--connections is ", connections_, ", want at most --sessions ", sessions_));
+          absl::StrCat("--connections is ", shared_.connections, ", want at most --sessions ", sessions_));
     }
     if (flags.given("batch") && !unary_) return absl::InvalidArgumentError("--batch wants --unary");
     return absl::OkStatus();
   }
 
   absl::Status Run(const Output& output) override {
-    ASSIGN_OR_RETURN(const Client client, server_.Connect());
+    ASSIGN_OR_RETURN(const Client client, shared_.server.Connect());
     ASSIGN_OR_RETURN(const std::string server_version, client.ServerVersion());
     ASSIGN_OR_RETURN(const ModelInfo model, client.GetModel(model_));
+    if (generate_.wanted()) return generate_.Run(shared_, model, server_version, output);
     LoadOptions options;
-    options.server = server_.server;
-    options.client = server_.options();
+    options.server = shared_.server.server;
+    options.client = shared_.server.options();
     options.model = model.name;
     options.sessions = sessions_;
-    options.connections = connections_;
+    options.connections = shared_.connections;
     options.unary = unary_;
     options.input = RandomInput(model);
     options.count = count_;
     options.duration = duration_ == absl::InfiniteDuration() && !count_ ? absl::Seconds(10) : duration_;
-    if (rate_ > 0) options.rate = rate_;
+    if (shared_.rate > 0) options.rate = shared_.rate;
 
     LoadProgress before;
     ASSIGN_OR_RETURN(const LoadReport report, GenerateLoad(options, [&](const LoadProgress& now) {
@@ -77,7 +84,7 @@ class BenchCommand : public Command {
           absl::StrCat("no answers in the time given; errors: ", report.errors, " ", report.first_error));
     }
     Print(report, output);
-    if (!json_.empty()) RETURN_IF_ERROR(WriteJson(report, model, server_version));
+    if (!shared_.json.empty()) RETURN_IF_ERROR(WriteJson(report, model, server_version));
     return absl::OkStatus();
   }
 
@@ -128,17 +135,17 @@ class BenchCommand : public Command {
                          const std::string& server_version) const {
     const auto milliseconds = [](absl::Duration duration) { return absl::ToDoubleMilliseconds(duration); };
     const nlohmann::ordered_json json = {
-        {"server", server_.server},
+        {"server", shared_.server.server},
         {"server_version", server_version},
         {"client_version", std::string(ClientVersion())},
         {"model", model.name},
         {"family", model.family},
         {"device", model.device},
         {"mode", unary_ ? "unary" : "stream"},
-        {"loop", rate_ > 0 ? "open" : "closed"},
-        {"rate", rate_},
+        {"loop", shared_.rate > 0 ? "open" : "closed"},
+        {"rate", shared_.rate},
         {"sessions", sessions_},
-        {"connections", connections_},
+        {"connections", shared_.connections},
         {"batch", batch_},
         {"chunk", chunk_},
         {"seconds", absl::ToDoubleSeconds(report.elapsed)},
@@ -156,24 +163,22 @@ class BenchCommand : public Command {
         {"server_mean_ms",
          {{"queued", milliseconds(report.mean_queued)}, {"computing", milliseconds(report.mean_computing)}}},
     };
-    std::ofstream file(json_);
+    std::ofstream file(shared_.json);
     file << json.dump(2) << "\n";
     file.close();
-    if (!file) return absl::InternalError(absl::StrCat("cannot write ", json_));
+    if (!file) return absl::InternalError(absl::StrCat("cannot write ", shared_.json));
     return absl::OkStatus();
   }
 
-  ServerFlags server_;
+  GenerateBench::SharedFlags shared_;
+  GenerateBench generate_;
   std::string model_;
   int64_t sessions_ = 1;
   int64_t chunk_ = 16;
   absl::Duration duration_ = absl::InfiniteDuration();
   std::optional<int64_t> count_;
-  double rate_ = 0;
-  int64_t connections_ = 1;
   bool unary_ = false;
   int64_t batch_ = 1;
-  std::string json_;
 };
 
 }  // namespace

@@ -103,6 +103,16 @@ void FakeService::RefuseGenerate(int every) {
   refuse_every_ = every;
 }
 
+void FakeService::HoldGenerate() {
+  MutexLock lock(&mu_);
+  hold_generate_ = true;
+}
+
+void FakeService::CutGenerate(int64_t max_tokens) {
+  MutexLock lock(&mu_);
+  cut_ = max_tokens;
+}
+
 std::vector<FakeService::GenerateCall> FakeService::generate_calls() {
   MutexLock lock(&mu_);
   return generate_calls_;
@@ -353,6 +363,8 @@ grpc::Status FakeService::Generate(grpc::ServerContext* context, const v1::Gener
   }
   FakeSession session;
   std::string id;
+  v1::GenerateRequest cut = *request;
+  bool hold = request->request_id() == kHold || absl::EndsWith(request->text(), kHold);
   {
     MutexLock lock(&mu_);
     generate_calls_.push_back(
@@ -370,9 +382,11 @@ grpc::Status FakeService::Generate(grpc::ServerContext* context, const v1::Gener
                                                    ", want ", session.position())));
       }
     }
+    hold = hold || hold_generate_;
+    cut.set_max_tokens(request->max_tokens() == 0 ? cut_ : std::min(cut_, request->max_tokens()));
     most_generating_ = std::max(most_generating_, ++generating_);
   }
-  const grpc::Status status = Continue(*request, id, &session, context, writer);
+  const grpc::Status status = Continue(cut, id, hold, &session, context, writer);
   MutexLock lock(&mu_);
   --generating_;
   if (context->IsCancelled()) {
@@ -385,7 +399,7 @@ grpc::Status FakeService::Generate(grpc::ServerContext* context, const v1::Gener
 }
 
 grpc::Status FakeService::Continue(const v1::GenerateRequest& request, const std::string& session_id,
-                                   FakeSession* session, grpc::ServerContext* context,
+                                   bool hold, FakeSession* session, grpc::ServerContext* context,
                                    grpc::ServerWriter<v1::GenerateResponse>* writer) {
   const bool has_tokenizer = model_ == Model::kLetters;
   if (!has_tokenizer && (request.has_text() || request.stop_size() > 0)) {
@@ -399,7 +413,6 @@ grpc::Status FakeService::Continue(const v1::GenerateRequest& request, const std
 
   const bool sampled = request.sampling().temperature() > 0;
   const uint64_t seed = request.sampling().has_seed() ? request.sampling().seed() : kSeed;
-  const int64_t max_tokens = request.max_tokens() == 0 ? kMaxTokens : request.max_tokens();
   size_t held_back = 0;  // The longest stop string but a character.
   for (const std::string& stop : request.stop()) held_back = std::max(held_back, stop.size() - 1);
   std::string text;
@@ -426,7 +439,7 @@ grpc::Status FakeService::Continue(const v1::GenerateRequest& request, const std
     if (has_tokenizer && id != kEos) text.push_back(static_cast<char>(id));
 
     const auto& stops = request.stop_ids();
-    if (count == max_tokens) response.set_finish_reason(v1::FINISH_REASON_LENGTH);
+    if (count == request.max_tokens()) response.set_finish_reason(v1::FINISH_REASON_LENGTH);
     if (std::count(stops.begin(), stops.end(), id) > 0 || (id == kEos && !request.ignore_eos())) {
       response.set_finish_reason(v1::FINISH_REASON_STOP_ID);
     }
@@ -450,7 +463,7 @@ grpc::Status FakeService::Continue(const v1::GenerateRequest& request, const std
       SetTiming(response.mutable_timing());
     }
     if (!writer->Write(response)) return grpc::Status::CANCELLED;
-    if (request.request_id() == kHold || absl::EndsWith(request.text(), kHold)) Hold(context);
+    if (hold && count == 1) Hold(context);
     if (request.request_id() == kBreak || absl::EndsWith(request.text(), kBreak)) {
       return ToGrpcStatus(MakeError(absl::StatusCode::kUnavailable, reason::kDraining, "shutting down"));
     }

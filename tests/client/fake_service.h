@@ -51,6 +51,10 @@ class FakeService final : public v1::DeltaNetService::Service {
   void Release();
   // Each `every`th call of Generate is refused with UNAVAILABLE (QUEUE_FULL).
   void RefuseGenerate(int every);
+  // From now on each call of Generate is held after its first token.
+  void HoldGenerate();
+  // Generate makes at most so many tokens, whatever it is asked for.
+  void CutGenerate(int64_t max_tokens);
   // Blocks until so many held requests have arrived.
   void AwaitHeld(int count);
 
@@ -120,7 +124,7 @@ class FakeService final : public v1::DeltaNetService::Service {
   void AdvanceLetters(const v1::Tensor& input, const v1::OutputOptions& options, FakeSession* session,
                       Advanced* advanced) const;
   // Generate on a session's copy.
-  grpc::Status Continue(const v1::GenerateRequest& request, const std::string& session_id,
+  grpc::Status Continue(const v1::GenerateRequest& request, const std::string& session_id, bool hold,
                         FakeSession* session, grpc::ServerContext* context,
                         grpc::ServerWriter<v1::GenerateResponse>* writer);
   std::vector<int64_t> ToIds(const std::string& text, bool add_bos) const;
@@ -141,6 +145,8 @@ class FakeService final : public v1::DeltaNetService::Service {
   bool cancelled_ ABSL_GUARDED_BY(mu_) = false;
   std::string user_agent_ ABSL_GUARDED_BY(mu_);
   int refuse_every_ ABSL_GUARDED_BY(mu_) = 0;
+  bool hold_generate_ ABSL_GUARDED_BY(mu_) = false;
+  int64_t cut_ ABSL_GUARDED_BY(mu_) = kMaxTokens;
   std::vector<GenerateCall> generate_calls_ ABSL_GUARDED_BY(mu_);
   int generating_ ABSL_GUARDED_BY(mu_) = 0;
   int most_generating_ ABSL_GUARDED_BY(mu_) = 0;

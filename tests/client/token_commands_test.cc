@@ -80,6 +80,16 @@ TEST(TokenCommandsTest, WrongCommandLinesExitWith2) {
       {{"generate", "--top-k", "4294967296"}, "--top-k is 4294967296, want at most 2147483647"},
       {{"generate", "--top-log-probs", "65"}, "--top-log-probs is 65, want at most 64"},
       {{"forward", "--input", "x", "--output", "y", "--top", "65"}, "--top is 65, want at most 64"},
+      {{"bench", "--concurrency", "2"}, "--concurrency wants --generate"},
+      {{"bench", "--prompt-tokens", "2"}, "--prompt-tokens wants --generate"},
+      {{"bench", "--generate", "--sessions", "2"}, "--sessions is not for --generate"},
+      {{"bench", "--generate", "--unary"}, "--unary is not for --generate"},
+      {{"bench", "--generate", "--rate", "2", "--concurrency", "3"},
+       "--concurrency and --rate exclude each other"},
+      {{"bench", "--generate", "--connections", "2"}, "--connections is 2, want at most --concurrency 1"},
+      {{"bench", "--generate", "--prompt-tokens", "0"},
+       "--prompt-tokens is '0', want a number of at least 1"},
+      {{"bench", "--generate", "--output-tokens", "uniform:3"}, "--output-tokens is 'uniform:3', want"},
       {{"score"}, "--text, --text-file, --ids or --ids-file is missing"},
       {{"score", "--text-file", "x", "--ids-file", "y"}, "--text-file and --ids-file exclude each other"},
       {{"score", "--ids", "1", "--top", "65"}, "--top is 65, want at most 64"},
@@ -317,6 +327,63 @@ TEST_F(LettersCommandsTest, ForwardWritesTheMostLikelyIds) {
   ASSERT_EQ(result.exit_status, 0) << result.err;
   EXPECT_THAT(result.out, StartsWith("output float32[2,1,128] from position 2\n"));
   EXPECT_EQ(Values<float>("logits", "output")[128 + 5], FakeService::LogProb(sequences[1], 5));
+}
+
+TEST_F(LettersCommandsTest, BenchMeasuresGeneration) {
+  const Result closed =
+      Ask("bench", {"--generate", "--concurrency", "3", "--requests", "21", "--prompt-tokens", "5",
+                    "--output-tokens", "uniform:4:8", "--connections", "2", "--json", Path("json")});
+  ASSERT_EQ(closed.exit_status, 0) << closed.err;
+  EXPECT_THAT(closed.out,
+              AllOf(HasSubstr(" output tokens/s, "), HasSubstr(" (21 requests in "),
+                    HasSubstr("\ntime to first token "), HasSubstr("\ntime between tokens "),
+                    HasSubstr("\nwhole request "), HasSubstr("queued 0.020 ms, computing 0.300 ms\n"),
+                    Not(HasSubstr("errors"))));
+  EXPECT_EQ(service_.generate_calls().size(), 3 + 21);  // With the warm-up.
+  std::ifstream file(Path("json"));
+  const nlohmann::json json = nlohmann::json::parse(file);
+  EXPECT_EQ(json["mode"], "generate");
+  EXPECT_EQ(json["loop"], "closed");
+  EXPECT_EQ(json["model"], "letters");
+  EXPECT_EQ(json["requests"], 21);
+  EXPECT_EQ(json["concurrency"], 3);
+  EXPECT_EQ(json["warm_up"], 3);
+  EXPECT_EQ(json["output_tokens"], "uniform:4:8");
+  EXPECT_EQ(json["errors"], 0);
+  EXPECT_EQ(json["time_to_first_token_ms"]["count"], 21);
+  EXPECT_EQ(json["request_ms"]["count"], 21);
+  const double seconds = json["seconds"];
+  EXPECT_NEAR(json["prompt_tokens_per_second"].get<double>() * seconds, 21 * 5, 1e-6);
+  EXPECT_NEAR(json["output_tokens_per_second"].get<double>() * seconds,
+              json["time_between_tokens_ms"]["count"].get<double>() + 21, 1e-6);
+  EXPECT_LE(json["time_to_first_token_ms"]["p50"], json["request_ms"]["max"]);
+
+  service_.RefuseGenerate(10);
+  const Result open = Ask("bench", {"--generate", "--rate", "1000", "--requests", "20", "--output-tokens",
+                                    "2", "--warm-up", "0", "--temperature", "0.5", "--json", Path("json")});
+  ASSERT_EQ(open.exit_status, 0) << open.err;
+  EXPECT_THAT(open.out, HasSubstr("\nerrors: 2 (QUEUE_FULL 2), the first: UNAVAILABLE: the queue is full\n"));
+  std::ifstream again(Path("json"));
+  const nlohmann::json open_json = nlohmann::json::parse(again);
+  EXPECT_EQ(open_json["loop"], "open");
+  EXPECT_EQ(open_json["rate"], 1000);
+  EXPECT_EQ(open_json["requests"], 18);
+  EXPECT_EQ(open_json["errors_by_reason"], nlohmann::json({{"QUEUE_FULL", 2}}));
+}
+
+TEST_F(LettersCommandsTest, BenchGeneratesForSoLong) {
+  const Result bench = Ask("bench", {"--generate", "--seconds", "0.05", "--output-tokens", "2"});
+  ASSERT_EQ(bench.exit_status, 0) << bench.err;
+  EXPECT_THAT(bench.out, MatchesRegex("throughput: .* requests in 0.0[1-5] s\\)\n(.|\n)*"));
+}
+
+TEST_F(LettersCommandsTest, BenchOfGenerationRefusesWhatCannotBe) {
+  const Result large = Ask("bench", {"--generate", "--output-tokens", "uniform:5:101"});
+  EXPECT_EQ(large.exit_status, 1);
+  EXPECT_THAT(large.err, HasSubstr("--output-tokens is uniform:5:101, want at most 100, the server's limit"));
+  FakeService values;
+  EXPECT_THAT(RunCommand({"bench", "--generate", "--server", values.address()}).err,
+              HasSubstr("FAILED_PRECONDITION: model 'sum' does not generate"));
 }
 
 TEST_F(LettersCommandsTest, TextsThatTheModelMakesScoreBest) {
