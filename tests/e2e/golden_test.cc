@@ -6,6 +6,7 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <thread>
@@ -13,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "client/client.h"
 #include "gtest/gtest.h"
@@ -46,6 +48,26 @@ struct Golden {
   }
 };
 
+// The real engine behind the real server, and a client of it.
+void Serve(const std::string& directory, const Mode& mode, std::unique_ptr<Server>* server,
+           std::unique_ptr<Client>* client) {
+  ModelOptions options;
+  options.device = mode.device;
+  options.dtype = mode.dtype;
+  options.pool_bytes = int64_t{64} << 20;
+  options.cpu_threads = 2;
+  auto model = LoadModel(directory, options);
+  ASSERT_TRUE(model.ok()) << model.status();
+  std::vector<NamedModel> models;
+  models.push_back({"golden", *std::move(model)});
+  auto started = Server::Start(ServerOptions{}, std::move(models));
+  ASSERT_TRUE(started.ok()) << started.status();
+  *server = *std::move(started);
+  auto connected = Client::Connect(absl::StrCat("127.0.0.1:", (*server)->port()), {});
+  ASSERT_TRUE(connected.ok()) << connected.status();
+  *client = std::make_unique<Client>(*std::move(connected));
+}
+
 class GoldenService : public testing::TestWithParam<std::tuple<std::string, Mode>> {
  protected:
   void SetUp() override {
@@ -54,29 +76,16 @@ class GoldenService : public testing::TestWithParam<std::tuple<std::string, Mode
     const std::string directory = absl::StrCat(DELTANET_TESTDATA, "/golden/", std::get<0>(GetParam()));
     const auto file = SafetensorsReader::Open(directory + "/golden.safetensors");
     ASSERT_TRUE(file.ok()) << file.status();
-    golden_.input_entry = **file->Find("input");
+    const bool fla = absl::StartsWith(std::get<0>(GetParam()), "fla_");  // Its tensors have names of their own.
+    golden_.input_entry = **file->Find(fla ? "input_ids" : "input");
     golden_.input.resize(golden_.input_entry.bytes);
     ASSERT_TRUE(file->Read(golden_.input_entry, golden_.input.data()).ok());
-    const SafetensorsEntry& output = **file->Find("output");
+    const SafetensorsEntry& output = **file->Find(fla ? "logits" : "output");
     golden_.width = output.shape[2];
     golden_.output.resize(NumElements(output.shape));
     ASSERT_TRUE(file->Read(output, golden_.output.data()).ok());
 
-    ModelOptions options;
-    options.device = mode.device;
-    options.dtype = mode.dtype;
-    options.pool_bytes = int64_t{64} << 20;
-    options.cpu_threads = 2;
-    auto model = LoadModel(directory, options);
-    ASSERT_TRUE(model.ok()) << model.status();
-    std::vector<NamedModel> models;
-    models.push_back({"golden", *std::move(model)});
-    auto server = Server::Start(ServerOptions{}, std::move(models));
-    ASSERT_TRUE(server.ok()) << server.status();
-    server_ = *std::move(server);
-    auto client = Client::Connect(absl::StrCat("127.0.0.1:", server_->port()), {});
-    ASSERT_TRUE(client.ok()) << client.status();
-    client_ = std::make_unique<Client>(*std::move(client));
+    Serve(directory, mode, &server_, &client_);
   }
 
   // `output`: [T, width] of sequence b, or of all sequences for b < 0.
@@ -141,7 +150,9 @@ class GoldenService : public testing::TestWithParam<std::tuple<std::string, Mode
         positions[i] = end;
         if (request.end_of_sequence) left.erase(left.begin() + chosen);
       }
-      if (left.empty()) EXPECT_TRUE(stream->Finish().ok());
+      if (left.empty()) {
+        EXPECT_TRUE(stream->Finish().ok());
+      }
     }
     return error;
   }
@@ -255,11 +266,105 @@ std::vector<Mode> Float32Modes() {
 INSTANTIATE_TEST_SUITE_P(Families, GoldenService,
                          testing::Combine(testing::Values("transformer_deltanet",
                                                           "transformer_deltanet_causal", "transformer_block",
-                                                          "deltanet_model", "deltanet_model_causal"),
+                                                          "deltanet_model", "deltanet_model_causal",
+                                                          "fla_default", "fla_head128", "fla_fused_mlp",
+                                                          "fla_tied"),
                                           testing::ValuesIn(Float32Modes())),
                          [](const auto& info) {
                            return absl::StrCat(std::get<0>(info.param), "_", std::get<1>(info.param).name);
                          });
+
+std::vector<std::vector<int64_t>> ReadIds(const SafetensorsReader& file, const std::string& name) {
+  const SafetensorsEntry& entry = **file.Find(name);
+  std::vector<int64_t> flat(NumElements(entry.shape));
+  EXPECT_TRUE(file.Read(entry, flat.data()).ok());
+  std::vector<std::vector<int64_t>> sequences;
+  for (int64_t b = 0; b < entry.shape[0]; ++b) {
+    sequences.emplace_back(flat.begin() + b * entry.shape[1], flat.begin() + (b + 1) * entry.shape[1]);
+  }
+  return sequences;
+}
+
+std::vector<int64_t> IdsOf(const Generated& answer) {
+  std::vector<int64_t> ids;
+  for (const TokenResult& token : answer.tokens) ids.push_back(token.id);
+  return ids;
+}
+
+class GenerateService : public testing::TestWithParam<Mode> {
+ protected:
+  void SetUp() override {
+    SKIP_WITHOUT_DEVICE(GetParam());
+    const std::string directory = absl::StrCat(DELTANET_TESTDATA, "/golden/fla_default");
+    const auto file = SafetensorsReader::Open(directory + "/golden.safetensors");
+    ASSERT_TRUE(file.ok()) << file.status();
+    prompts_ = ReadIds(*file, "greedy_prompt");
+    continuations_ = ReadIds(*file, "greedy_continuation");
+    Serve(directory, GetParam(), &server_, &client_);
+  }
+
+  Generated Generate(const std::vector<int64_t>& prompt, int64_t max_tokens,
+                     std::optional<SessionChoice> session = std::nullopt) const {
+    GenerateOptions options;
+    options.prompt = prompt;
+    options.max_tokens = max_tokens;
+    options.session = std::move(session);
+    options.ignore_eos = true;
+    auto answer = client_->Generate(options, nullptr);
+    EXPECT_TRUE(answer.ok()) << answer.status();
+    return answer.value_or(Generated{});
+  }
+
+  std::vector<std::vector<int64_t>> prompts_, continuations_;
+  std::unique_ptr<Server> server_;
+  std::unique_ptr<Client> client_;
+};
+
+INSTANTIATE_TEST_SUITE_P(Modes, GenerateService, testing::ValuesIn(Float32Modes()),
+                         [](const auto& info) { return info.param.name; });
+
+TEST_P(GenerateService, GreedyContinuationsAreTheGoldenOnes) {
+  for (size_t i = 0; i < prompts_.size(); ++i) {
+    const Generated answer = Generate(prompts_[i], static_cast<int64_t>(continuations_[i].size()));
+    EXPECT_EQ(IdsOf(answer), continuations_[i]);
+    EXPECT_EQ(answer.finish_reason, FinishReason::kLength);
+    EXPECT_EQ(answer.prompt_tokens, static_cast<int64_t>(prompts_[i].size()));
+  }
+}
+
+// A session takes the prompt in by Forward and by Generate, and goes on twice.
+TEST_P(GenerateService, ASessionGoesOnWhereItStands) {
+  const std::vector<int64_t>& prompt = prompts_[0];
+  const std::vector<int64_t>& want = continuations_[0];
+  ForwardOptions forward;
+  forward.session = SessionChoice{.id = "chat", .create = true};
+  const TensorView first{reinterpret_cast<const char*>(prompt.data()), {15}, DType::kInt64, {}};
+  ASSERT_TRUE(client_->Forward(first, forward).ok());
+  const SessionChoice session{.id = "chat"};
+  std::vector<int64_t> ids = IdsOf(Generate({prompt.begin() + 15, prompt.end()}, 5, session));
+  const Generated rest = Generate({}, static_cast<int64_t>(want.size()) - 5, session);
+  const std::vector<int64_t> more = IdsOf(rest);
+  ids.insert(ids.end(), more.begin(), more.end());
+  EXPECT_EQ(ids, want);
+  EXPECT_EQ(rest.committed_position, static_cast<int64_t>(prompt.size() + want.size()));
+}
+
+TEST_P(GenerateService, SixtyFourSideBySideAreAsAlone) {
+  constexpr int kGenerations = 64, kTokens = 24;
+  std::vector<std::vector<int64_t>> together(kGenerations);
+  const auto prompt = [&](int i) {
+    const std::vector<int64_t>& from = prompts_[i % prompts_.size()];
+    return std::vector<int64_t>(from.begin(), from.begin() + 1 + i % static_cast<int>(from.size()));
+  };
+  std::vector<std::thread> threads;
+  for (int i = 0; i < kGenerations; ++i) {
+    threads.emplace_back([&, i] { together[i] = IdsOf(Generate(prompt(i), kTokens)); });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (int i = 0; i < kGenerations; ++i) {
+    EXPECT_EQ(together[i], IdsOf(Generate(prompt(i), kTokens))) << "generation " << i;
+  }
+}
 
 }  // namespace
 }  // namespace deltanet
