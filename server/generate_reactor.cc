@@ -335,7 +335,10 @@ void GenerateReactor::OnWriteDone(bool ok) {
 }
 
 void GenerateReactor::OnCancel() {
-  cancellation_->cancelled = true;
+  {
+    MutexLock lock(&mu_);  // Behind Start, which ThreadSanitizer cannot see that gRPC orders.
+    cancellation_->cancelled = true;
+  }
   context_->batcher->Wake();
 }
 
