@@ -82,6 +82,10 @@ absl::Status DeltaRule(const RaggedRows& rows, const DeltaRuleArgs& args, const 
   RETURN_IF_ERROR(Validate(rows, args));
   RETURN_IF_ERROR(CheckKernels(context, {args.dtype}));
   CUDA_DOOR(DeltaRuleCuda(rows, args, context.stream));
+  if (args.out_bfloat16 != nullptr) {
+    return absl::InvalidArgumentError(
+        "delta rule's outputs are wanted in bfloat16, which the CPU does not write");
+  }
   if (rows.rows == 0) return absl::OkStatus();
 
   const CpuKernels& kernels = ActiveCpuKernels();

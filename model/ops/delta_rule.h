@@ -31,6 +31,8 @@ struct DeltaRuleArgs {
   float scale = 1.0f;
   SlotView state;        // [H, K, V] float32 a slot.
   float* out = nullptr;  // [N, H, V], fully overwritten; must not overlap an input.
+  // If not null, the outputs are rounded to bfloat16 and written here instead. On CUDA only.
+  void* out_bfloat16 = nullptr;
   int32_t* nonfinite =
       nullptr;  // [R]: set to 1 where a row's new state holds an infinity or NaN; else left alone.
 };
@@ -39,7 +41,7 @@ struct DeltaRuleArgs {
 // On the CPU the bits of a row's state and outputs depend on its own tokens and state alone: not on the other
 // rows, their order, the slots or the threads. They may depend on how a sequence is cut into rows. A token
 // with beta = 0 leaves the state as it was: on the CPU every bit of it, on CUDA but for the sign of a zero.
-// INVALID_ARGUMENT if a size is not positive or the dtype is not supported on the device; then nothing is
+// INVALID_ARGUMENT if a size is not positive or a dtype is not supported on the device; then nothing is
 // written. FAILED_PRECONDITION if this build lacks the device. Thread-safe: touches only what it is given.
 absl::Status DeltaRule(const RaggedRows& rows, const DeltaRuleArgs& args, const OpContext& context);
 

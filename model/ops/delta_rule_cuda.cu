@@ -1,4 +1,4 @@
-// The delta rule on a GPU, token by token.
+// The delta rule on a GPU, token by token, and the choice between this and the kernel by chunks.
 //
 // Tiling: a block is 128 threads for 32 columns of one head's state of one row; grid (V/32, H, R). Four
 // neighbouring lanes share a column: lane p holds the state rows p, p+4, ... of it in registers for the whole
@@ -11,8 +11,10 @@
 // work slot).
 #include <cstdint>
 
+#include "model/base/status_macros.h"
 #include "model/ops/cuda_kernels.h"
 #include "model/ops/cuda_util.cuh"
+#include "model/ops/delta_rule_cuda.h"
 
 namespace deltanet {
 namespace {
@@ -28,9 +30,11 @@ __device__ inline float LanesSum(float x) {
   return x;
 }
 
-// kRows: state rows a lane holds, at least K / 4; 0: the state stays in memory.
+// kRows: state rows a lane holds, at least K / 4; 0: the state stays in memory. Rows of more than `most`
+// tokens are left alone.
 template <typename T, int kRows>
-__global__ void __launch_bounds__(kThreads) DeltaRuleKernel(RaggedRows rows, DeltaRuleArgs args) {
+__global__ void __launch_bounds__(kThreads)
+    DeltaRuleKernel(RaggedRows rows, DeltaRuleArgs args, int64_t most) {
   extern __shared__ float shared[];
   const int K = static_cast<int>(args.key_dim), V = static_cast<int>(args.value_dim);
   float* tile_q = shared;                     // [kTile, K]
@@ -38,6 +42,8 @@ __global__ void __launch_bounds__(kThreads) DeltaRuleKernel(RaggedRows rows, Del
   float* tile_v = tile_k + kTile * K;         // [kTile, kColumns]
   float* tile_b = tile_v + kTile * kColumns;  // [kTile]
   const int row = blockIdx.z, head = blockIdx.y;
+  const int64_t begin = rows.offsets[row], end = rows.offsets[row + 1];
+  if (end - begin > most) return;
   const int first_column = blockIdx.x * kColumns;
   const int lane = threadIdx.x % kLanes;
   const int column = first_column + threadIdx.x / kLanes;
@@ -60,12 +66,11 @@ __global__ void __launch_bounds__(kThreads) DeltaRuleKernel(RaggedRows rows, Del
     for (int i = 0; i * kLanes + lane < K; ++i) to[static_cast<int64_t>(i * kLanes + lane) * V] = load(i);
   }
 
-  const int64_t begin = rows.offsets[row], end = rows.offsets[row + 1];
   const T* q = static_cast<const T*>(args.q) + head * K;
   const T* k = static_cast<const T*>(args.k) + head * K;
   const T* v = static_cast<const T*>(args.v) + head * V;
   const T* beta = static_cast<const T*>(args.beta) + head;
-  float* out = args.out + static_cast<int64_t>(head) * V + column;
+  const int64_t out_column = static_cast<int64_t>(head) * V + column;
   for (int64_t tile = begin; tile < end; tile += kTile) {
     const int tokens = static_cast<int>(end - tile < kTile ? end - tile : kTile);
     __syncthreads();
@@ -112,7 +117,14 @@ __global__ void __launch_bounds__(kThreads) DeltaRuleKernel(RaggedRows rows, Del
         }
       }
       answer = LanesSum(answer);
-      if (active && lane == 0) out[(tile + t) * args.heads * V] = args.scale * answer;
+      if (active && lane == 0) {
+        const int64_t at = (tile + t) * args.heads * V + out_column;
+        if (args.out_bfloat16 == nullptr) {
+          args.out[at] = args.scale * answer;
+        } else {
+          static_cast<__nv_bfloat16*>(args.out_bfloat16)[at] = FromFloat<__nv_bfloat16>(args.scale * answer);
+        }
+      }
     }
   }
 
@@ -135,7 +147,7 @@ __global__ void __launch_bounds__(kThreads) DeltaRuleKernel(RaggedRows rows, Del
 }
 
 template <typename T, int kRows>
-absl::Status Launch(const RaggedRows& rows, const DeltaRuleArgs& args, cudaStream_t stream) {
+absl::Status Launch(const RaggedRows& rows, const DeltaRuleArgs& args, int64_t most, cudaStream_t stream) {
   const size_t shared = sizeof(float) * kTile * (2 * args.key_dim + kColumns + 1);
   if (shared > 48 * 1024) {
     const cudaError_t error = cudaFuncSetAttribute(
@@ -147,26 +159,37 @@ absl::Status Launch(const RaggedRows& rows, const DeltaRuleArgs& args, cudaStrea
   }
   const dim3 grid(static_cast<unsigned>((args.value_dim + kColumns - 1) / kColumns),
                   static_cast<unsigned>(args.heads), static_cast<unsigned>(rows.rows));
-  DeltaRuleKernel<T, kRows><<<grid, kThreads, shared, stream>>>(rows, args);
+  DeltaRuleKernel<T, kRows><<<grid, kThreads, shared, stream>>>(rows, args, most);
   return LaunchStatus("DeltaRuleKernel");
 }
 
 template <typename T>
-absl::Status Dispatch(const RaggedRows& rows, const DeltaRuleArgs& args, cudaStream_t stream) {
-  if (args.key_dim <= 32) return Launch<T, 8>(rows, args, stream);
-  if (args.key_dim <= 64) return Launch<T, 16>(rows, args, stream);
-  if (args.key_dim <= 128) return Launch<T, 32>(rows, args, stream);
-  if (args.key_dim <= 256) return Launch<T, 64>(rows, args, stream);
-  return Launch<T, 0>(rows, args, stream);
+absl::Status Dispatch(const RaggedRows& rows, const DeltaRuleArgs& args, int64_t most, cudaStream_t stream) {
+  if (args.key_dim <= 32) return Launch<T, 8>(rows, args, most, stream);
+  if (args.key_dim <= 64) return Launch<T, 16>(rows, args, most, stream);
+  if (args.key_dim <= 128) return Launch<T, 32>(rows, args, most, stream);
+  if (args.key_dim <= 256) return Launch<T, 64>(rows, args, most, stream);
+  return Launch<T, 0>(rows, args, most, stream);
 }
+
+// Until the chunk kernel has been seen right on a device, nothing uses it unasked.
+constexpr DeltaRuleCudaPath kDefaultPath = DeltaRuleCudaPath::kTokens;
+
+DeltaRuleCudaPath path = DeltaRuleCudaPath::kDefault;
 
 }  // namespace
 
+void SetDeltaRuleCudaPathForTesting(DeltaRuleCudaPath wanted) { path = wanted; }
+
 absl::Status DeltaRuleCuda(const RaggedRows& rows, const DeltaRuleArgs& args, void* stream) {
   if (rows.rows == 0) return absl::OkStatus();
+  const DeltaRuleCudaPath chosen = path == DeltaRuleCudaPath::kDefault ? kDefaultPath : path;
+  const bool chunks = chosen == DeltaRuleCudaPath::kChunks && DeltaRuleChunkCudaTakes(args);
+  if (chunks) RETURN_IF_ERROR(DeltaRuleChunkCuda(rows, args, stream));
+  const int64_t most = chunks ? kDeltaRuleFewTokens : INT64_MAX;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  return args.dtype == DType::kBFloat16 ? Dispatch<__nv_bfloat16>(rows, args, cuda_stream)
-                                        : Dispatch<float>(rows, args, cuda_stream);
+  return args.dtype == DType::kBFloat16 ? Dispatch<__nv_bfloat16>(rows, args, most, cuda_stream)
+                                        : Dispatch<float>(rows, args, most, cuda_stream);
 }
 
 }  // namespace deltanet

@@ -10,10 +10,12 @@
 #include "gtest/gtest.h"
 #include "model/ops/conv_qkv.h"
 #include "model/ops/delta_rule.h"
+#include "model/ops/delta_rule_cuda.h"
 #include "model/ops/elementwise.h"
 #include "model/ops/rms_norm.h"
 #include "tests/model/ops/conv_qkv_problem.h"
 #include "tests/model/ops/cuda_test_util.h"
+#include "tests/model/ops/delta_rule_on_device.h"
 #include "tests/model/ops/delta_rule_problem.h"
 #include "tests/model/ops/norm_elementwise_problem.h"
 #include "tests/model/ops/op_test_util.h"
@@ -21,54 +23,12 @@
 namespace deltanet {
 namespace {
 
-// A problem on the device, its inputs held in `dtype`.
-class DeltaRuleOnDevice {
- public:
-  DeltaRuleOnDevice(DeltaRuleProblem* problem, DType dtype, bool aligned)
-      : problem_(problem),
-        dtype_(dtype),
-        mirror_(aligned),
-        inputs_(mirror_.Copy(problem->inputs(), dtype)),
-        pool_(mirror_.Map(&problem->pool())),
-        out_(mirror_.Map(&problem->out())),
-        nonfinite_(mirror_.Map(&problem->nonfinite())) {}
-
-  // A step over `ragged`, whose token 0 is token n of the problem.
-  void Step(const Ragged& ragged, int64_t n) {
-    DeltaRuleArgs args = problem_->Args(n);
-    const auto on_device = [&](const void* host) {
-      const int64_t element = static_cast<const float*>(host) - problem_->inputs().data();
-      return inputs_ + element * DTypeBytes(dtype_);
-    };
-    args.dtype = dtype_;
-    args.q = on_device(args.q);
-    args.k = on_device(args.k);
-    args.v = on_device(args.v);
-    args.beta = on_device(args.beta);
-    args.state.pool = pool_;
-    args.out = out_ + (args.out - problem_->out().data());
-    args.nonfinite = nonfinite_;
-    const absl::Status status = DeltaRule(mirror_.Rows(ragged), args, mirror_.context());
-    ASSERT_TRUE(status.ok()) << status;
-  }
-  void Finish() {
-    mirror_.Finish();
-    EXPECT_TRUE(problem_->out().GuardsIntact());
-    EXPECT_TRUE(problem_->pool().GuardsIntact());
-  }
-
- private:
-  DeltaRuleProblem* const problem_;
-  const DType dtype_;
-  Mirror mirror_;
-  const char* const inputs_;
-  float* const pool_;
-  float* const out_;
-  int32_t* const nonfinite_;
-};
-
+// The kernel that goes token by token; cuda_delta_rule_test.cc has the other one.
 class CudaDeltaRuleTest : public CudaTest {
  protected:
+  CudaDeltaRuleTest() { SetDeltaRuleCudaPathForTesting(DeltaRuleCudaPath::kTokens); }
+  ~CudaDeltaRuleTest() override { SetDeltaRuleCudaPathForTesting(DeltaRuleCudaPath::kDefault); }
+
   void Run(DeltaRuleProblem* problem, bool aligned = false) {
     DeltaRuleOnDevice on_device(problem, dtype(), aligned);
     on_device.Step(problem->ragged(), 0);

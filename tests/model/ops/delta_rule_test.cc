@@ -219,6 +219,8 @@ TEST(DeltaRuleContractTest, RefusesWhatItCannotDo) {
   EXPECT_EQ(code([](DeltaRuleArgs* args) { args->token_stride = 3; }), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(code([](DeltaRuleArgs* args) { args->state.slot_stride = 15; }),
             absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(code([](DeltaRuleArgs* args) { args->out_bfloat16 = args->out; }),
+            absl::StatusCode::kInvalidArgument);
 #ifndef DELTANET_CUDA
   EXPECT_EQ(code([](DeltaRuleArgs*) {}, CudaContext()), absl::StatusCode::kFailedPrecondition);
 #endif

@@ -1,0 +1,217 @@
+// What kernels for Hopper (sm_90a) use beyond CUDA C++, one function an instruction: barriers in shared
+// memory, asynchronous copies, 8x8 matrices between shared memory and registers, matrix products of a warp
+// and of a warpgroup. Only code compiled for sm_90a may call them.
+//
+// Fragments. q = lane % 4, r = lane / 4.
+//   An 8x8 matrix of bfloat16 in a register of each lane: row r, columns 2q (low half) and 2q + 1.
+//   C or D, 16 x 8 float32, four registers: (r, 2q), (r, 2q + 1), (r + 8, 2q), (r + 8, 2q + 1).
+//   A, 16 x 16 bfloat16, four registers: rows r, r + 8 of columns 2q, 2q + 1; then of columns 2q + 8, 2q + 9.
+//   B, 16 x 8, two registers: rows 2q, 2q + 1 (then 2q + 8, 2q + 9) of column r.
+// So the C of two neighbouring column tiles, rounded to pairs, is the A of the product that follows. Of a
+// warpgroup's 64 rows, warp w has rows 16 w to 16 w + 15 as a warp's product would.
+//
+// Tiles of the asynchronous products in shared memory: 64 rows of 64 bfloat16 (128 bytes), 8192 bytes at a
+// multiple of 1024; of row i, the 16-byte piece j is stored at place j ^ (i % 8) ("128-byte swizzle").
+#ifndef DELTANET_MODEL_OPS_CUDA_SM90_CUH_
+#define DELTANET_MODEL_OPS_CUDA_SM90_CUH_
+
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace deltanet {
+
+constexpr int kTileBytes = 8192;
+
+// The byte of a tile where piece `piece` (of 16 bytes) of row `row` begins.
+__device__ inline uint32_t InTile(int row, int piece) {
+  return static_cast<uint32_t>(row * 128 + ((piece ^ (row & 7)) << 4));
+}
+
+__device__ inline unsigned char* DynamicSharedMemory() {
+  extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
+  return dynamic_shared_memory;
+}
+__device__ inline uint32_t SharedAddress(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Two floats as bfloat16, `low` in the low half.
+__device__ inline uint32_t PackBfloat16(float low, float high) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+__device__ inline float LowBfloat16(uint32_t packed) { return __uint_as_float(packed << 16); }
+__device__ inline float HighBfloat16(uint32_t packed) { return __uint_as_float(packed & 0xffff0000u); }
+
+// Barriers in shared memory. A phase ends with the arrival of `count`; waiting for the parity of the phase
+// before the first passes at once.
+__device__ inline void BarrierInit(uint32_t barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+// Makes initialised barriers visible to the asynchronous proxy and other blocks; before the block's barrier.
+__device__ inline void BarrierInitFence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ inline void BarrierArrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ inline bool BarrierTry(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{.reg .pred p;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, p;}\n"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+__device__ inline void BarrierWait(uint32_t barrier, uint32_t parity) {
+  while (!BarrierTry(barrier, parity)) {
+  }
+}
+// A barrier among `threads` threads; 0 is __syncthreads().
+__device__ inline void NamedBarrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Queues a copy of 16 bytes to shared memory, or of 16 zeros if not `there`.
+__device__ inline void CopyAsync16(uint32_t to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to),
+               "l"(__cvta_generic_to_global(from)), "r"(there ? 16 : 0)
+               : "memory");
+}
+__device__ inline void CopyAsyncCommit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits for all but the last `kPending` groups of this thread.
+template <int kPending>
+__device__ inline void CopyAsyncWait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+// Orders this thread's writes to shared memory before what the asynchronous proxy reads after it was told.
+__device__ inline void FenceAsyncProxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Four 8x8 matrices: lane 8 m + i has the address of row i of matrix m.
+__device__ inline void LoadMatrices(uint32_t (&x)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ inline void LoadMatricesTransposed(uint32_t (&x)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ inline void StoreMatrices(uint32_t address, uint32_t x0, uint32_t x1, uint32_t x2, uint32_t x3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x0),
+               "r"(x1), "r"(x2), "r"(x3)
+               : "memory");
+}
+__device__ inline void StoreMatricesTransposed(uint32_t address, uint32_t x0, uint32_t x1, uint32_t x2,
+                                               uint32_t x3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(x0), "r"(x1), "r"(x2), "r"(x3)
+               : "memory");
+}
+
+// d += a b, 16 x 8 x 16, by a warp.
+__device__ inline void WarpProduct(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Asynchronous products of a warpgroup, 64 x N x 16. Between Begin and End registers of `d` and `a` may not
+// be touched; products of groups but the last `kPending` are complete after AsyncProductsWait.
+__device__ inline void AsyncProductsBegin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void AsyncProductsEnd() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending>
+__device__ inline void AsyncProductsWait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+// Keeps the compiler from moving what touches `x` over this line: it does not know that products are pending.
+template <int N>
+__device__ inline void Pin(float (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[i])::"memory");
+}
+
+// Operands in tiles, as the low half of a descriptor; the high half is the same for all, and an operand some
+// bytes further on is Further. By rows: row n of the tile is row (of A) or column (of B) n of the operand,
+// its elements are the product's inner index, of which 16 are taken from `address` on. By columns: the tile's
+// rows are the inner index, its elements the operand's columns, the next 64 of them a tile further on.
+constexpr uint32_t kTileHigh = 1u << 30 | 1024 >> 4;  // 128-byte swizzle, 8 rows are 1024 bytes.
+__device__ inline uint32_t TileByRows(uint32_t address) { return 1u << 16 | address >> 4; }
+__device__ inline uint32_t TileByColumns(uint32_t address) {
+  return uint32_t{kTileBytes >> 4} << 16 | address >> 4;
+}
+constexpr uint32_t Further(uint32_t tile, uint32_t bytes) { return tile + (bytes >> 4); }
+
+#define DELTANET_F8(i)                                                                        \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+      "+f"(d[i + 6]), "+f"(d[i + 7])
+
+// d = (add ? d : 0) + a b, b by columns if kTransposed. d: N / 2 floats, a: four registers.
+template <int N, bool kTransposed>
+__device__ inline void AsyncProduct(float* d, const uint32_t* a, uint32_t b, bool add) {
+  static_assert(N == 64 || N == 128);
+  if constexpr (N == 64) {
+    asm volatile(
+        "{.reg .pred p;\n.reg .b64 b;\nsetp.ne.b32 p, %38, 0;\nmov.b64 b, {%36, %37};\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+        "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+        "}, {%32, %33, %34, %35}, b, p, 1, 1, %39;}\n"
+        : DELTANET_F8(0), DELTANET_F8(8), DELTANET_F8(16), DELTANET_F8(24)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(kTileHigh), "r"(int{add}),
+          "n"(int{kTransposed}));
+  } else if constexpr (N == 128) {
+    asm volatile(
+        "{.reg .pred p;\n.reg .b64 b;\nsetp.ne.b32 p, %70, 0;\nmov.b64 b, {%68, %69};\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+        "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "
+        "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "
+        "%56, %57, %58, %59, %60, %61, %62, %63"
+        "}, {%64, %65, %66, %67}, b, p, 1, 1, %71;}\n"
+        : DELTANET_F8(0), DELTANET_F8(8), DELTANET_F8(16), DELTANET_F8(24), DELTANET_F8(32), DELTANET_F8(40),
+          DELTANET_F8(48), DELTANET_F8(56)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(kTileHigh), "r"(int{add}),
+          "n"(int{kTransposed}));
+  }
+}
+
+// The same for 64 columns with A in shared memory, both by rows.
+__device__ inline void AsyncProductShared(float* d, uint32_t a, uint32_t b, bool add) {
+  asm volatile(
+      "{.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %35, 0;\n"
+      "mov.b64 a, {%32, %34};\nmov.b64 b, {%33, %34};\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+      "}, a, b, p, 1, 1, 0, 0;}\n"
+      : DELTANET_F8(0), DELTANET_F8(8), DELTANET_F8(16), DELTANET_F8(24)
+      : "r"(a), "r"(b), "r"(kTileHigh), "r"(int{add}));
+}
+
+#undef DELTANET_F8
+
+// Moves registers of this warpgroup to or from the block's others. All its warps, once.
+template <int kRegisters>
+__device__ inline void MoreRegisters() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ inline void FewerRegisters() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+}  // namespace deltanet
+
+#endif  // DELTANET_MODEL_OPS_CUDA_SM90_CUH_

@@ -1,0 +1,849 @@
+// The delta rule on a Hopper GPU, in chunks of 64 tokens on the tensor cores.
+//
+// Chunkwise form. For one head, with the chunk's keys, queries and values as rows of K, Q, V, its betas as a
+// diagonal B, and S at its start,
+//
+//   A = tril(B K K^T, -1)      T = (I + A)^-1 B      P = tril(Q K^T)
+//   U = T (V - K S)            O = scale (Q S + P U)            S += K^T U
+//
+// T and P come from the chunk alone; the chain from chunk to chunk is K S, then U, then S.
+//
+// Tiling. A block has one or two consumer warpgroups and one or two producer warpgroups, and works through a
+// list of (row, head, part of V), longest rows first. A consumer has 64 columns of S. It works on transposes,
+// so that everything that depends on S is a left operand and lives in its registers, where the result of one
+// product, rounded to pairs, is the left operand of the next:
+//
+//   X^T = V^T - S^T K^T  [64, C]      U^T = X^T T^T  [64, C]      S^T += U^T K  [64, K]
+//   O^T = S^T Q^T + U^T P^T  [64, C]
+//
+// S^T stays in float32 accumulators for the row's whole length; the products are asynchronous (wgmma), Q S
+// and P U running while the chain rounds its operands. Producers run ahead: they copy the next chunk
+// (cp.async, 3 stages of q, k, v) and make T and P (2 slots) of a chunk while the consumers are at the one
+// before. With two consumers (V = 128) one producer does all; with one consumer (V = 64, or V = 128 split
+// over two blocks, when there are fewer rows and heads than half the multiprocessors) one makes T, the other
+// copies and makes P.
+//
+// T, on a warpgroup whose warp w has rows 16w to 16w+15 of A: each warp inverts its diagonal 16x16 block by
+// substitution in float32, a lane a column. Then warp j goes down block column j in registers,
+// T_ij = -T_ii (A_ij T_jj + ... + A_i,i-1 T_i-1,j), by mma on operands split in two bfloat16 (hi hi + hi lo +
+// lo hi: 2^-16). No power of A is ever formed: with equal keys and beta near 2 they would grow like 2^n / n!.
+//
+// Precision. Operands of products are bfloat16, sums float32. T is used as hi + lo: what a chunk leaves of S
+// along a key is 1 minus sums over T that cancel (equal keys, beta = 1.99: each token keeps -0.99 of it), and
+// T rounded to bfloat16 makes that a factor beyond 1 (after 512 tokens the error is 1000 times the signal).
+// X, U, P and S as an operand are rounded once: against float64 the error is below that of the definition
+// with every value stored in bfloat16, and 1.3 to 1.7 times that of the definition with float32 state whose
+// operands alone are rounded, for keys that are not nearly equal.
+//
+// Bytes a token and head: 2 (2K + V) read (q and k once more where V is split), 4 V (or 2 V, bfloat16)
+// written; 8 K V a row and head. K = V = 128 and bfloat16 out: 1 KiB a token and head, so 8 rows of 2048
+// tokens with 16 heads are 285 MB: 66 us at 4.3 TB/s. Multiply-adds a chunk: 64 (3 K V + 2 64 K + 3 64 V)
+// = 5.8 M for K = V = 128, of which the tensor cores of a multiprocessor do 2048 a cycle: 2816 cycles a
+// chunk, so 32 chunks take 51 us at 1.75 GHz; the chain alone (one consumer: 64 x 64 x (2 K + 64 2)) 640
+// cycles and its latencies.
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "model/ops/cuda_kernels.h"
+#include "model/ops/cuda_sm90.cuh"
+#include "model/ops/cuda_util.cuh"
+#include "model/ops/delta_rule_cuda.h"
+
+namespace deltanet {
+namespace {
+
+constexpr int kChunk = 64;            // C
+constexpr int kStages = 3;            // Of q, k, v.
+constexpr int kSlots = 2;             // Of T (hi, lo) and P.
+constexpr int kMaxRows = 1024;        // A launch.
+constexpr int kBlockBytes = 16 * 48;  // A 16x16 block of bfloat16, rows 48 bytes apart: no bank conflicts.
+constexpr int kOffDiagonal = 6;       // Blocks below the diagonal.
+
+// Shared memory of a block, in bytes from its start.
+template <int kKeys, int kConsumers>
+struct Layout {
+  static constexpr int kProducers = kConsumers == 1 ? 2 : 1;
+  static constexpr int kThreads = 128 * (kConsumers + kProducers);
+  static constexpr int kKeyTiles = kKeys / 64;
+  static constexpr int kStageBytes = (2 * kKeyTiles + kConsumers) * kTileBytes;  // q, k, v
+  static constexpr int kSlotBytes = 3 * kTileBytes;                              // T hi, T lo, P
+
+  static constexpr int kStage = 0;
+  static constexpr int kSlot = kStage + kStages * kStageBytes;
+  // Outputs on their way to memory, a tile a consumer. One consumer uses the slot's P instead.
+  static constexpr int kOut = kSlot + kSlots * kSlotBytes;
+  // A below the diagonal: block (i, k) is number i (i - 1) / 2 + k, its hi before its lo.
+  static constexpr int kBlocks = kOut + (kConsumers > 1 ? kConsumers * kTileBytes : 0);
+  // Of each warp, the diagonal block: first -A^T in float32, rows 20 floats apart, then T^T, hi and lo.
+  static constexpr int kDiagonal = kBlocks + kOffDiagonal * 2 * kBlockBytes;
+  static constexpr int kBeta = kDiagonal + 4 * 2 * kBlockBytes;          // float[kStages][kChunk]
+  static constexpr int kBarriers = kBeta + kStages * kChunk * 4;         // uint64_t[2 * kStages + 2 * kSlots]
+  static constexpr int kCount = kBarriers + 8 * 2 * (kStages + kSlots);  // int32_t
+  static constexpr int kOrder = kCount + 16;                             // uint16_t[kMaxRows]
+  static constexpr int kBytes = kOrder + 2 * kMaxRows;
+  static_assert(kBytes <= 227 * 1024);
+
+  static constexpr int Loaded(int stage) { return kBarriers + 8 * stage; }
+  static constexpr int StageFree(int stage) { return kBarriers + 8 * (kStages + stage); }
+  static constexpr int Ready(int slot) { return kBarriers + 8 * (2 * kStages + slot); }
+  static constexpr int SlotFree(int slot) { return kBarriers + 8 * (2 * kStages + kSlots + slot); }
+};
+
+// Walks over stages or slots in turn, with the parity of their barriers.
+template <int kSize>
+struct Ring {
+  int at = 0;
+  uint32_t parity = 0;
+  __device__ void Next() {
+    if (++at == kSize) {
+      at = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+struct Problem {
+  RaggedRows rows;  // Of this launch.
+  DeltaRuleArgs args;
+  int parts;  // Blocks that share a head's columns.
+};
+
+// With DELTANET_DELTA_RULE_CLOCKS defined, where the cycles of each warpgroup of block 0 went.
+#ifdef DELTANET_DELTA_RULE_CLOCKS
+constexpr int kPhases = 10;
+__device__ int spent_clocks[4][kPhases];
+#endif
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+class Clocks {
+ public:
+#ifdef DELTANET_DELTA_RULE_CLOCKS
+  // The time since the last mark was spent in `phase`.
+  __device__ void Mark(int phase) {
+    const int now = clock();
+    spent_[phase] += now - last_;
+    last_ = now;
+  }
+  __device__ void Keep() const {
+    if (blockIdx.x != 0 || threadIdx.x % 128 != 0) return;
+    for (int i = 0; i < kPhases; ++i) spent_clocks[threadIdx.x / 128][i] = spent_[i];
+  }
+
+ private:
+  int spent_[kPhases] = {};
+  int last_ = clock();
+#else
+  __device__ void Mark(int) {}
+  __device__ void Keep() const {}
+#endif
+};
+
+// Writes the rows that are not for the token-by-token kernel to `order`, by falling number of chunks (those
+// of 255 and more are alike), and returns how many there are. By one warp; `starts` is scratch of 256 ints.
+__device__ int SortRows(const RaggedRows& rows, uint16_t* order, int* starts) {
+  const int lane = threadIdx.x % 32;
+  const int count = static_cast<int>(rows.rows);
+  const auto bin_of = [&](int row) {
+    if (row >= count) return 256;
+    const int tokens = rows.offsets[row + 1] - rows.offsets[row];
+    if (tokens <= kDeltaRuleFewTokens) return 256;
+    const int chunks = (tokens - 1) / kChunk;  // But one.
+    return 255 - (chunks < 255 ? chunks : 255);
+  };
+  for (int i = lane; i < 256; i += 32) starts[i] = 0;
+  __syncwarp();
+  for (int row = lane; row < count; row += 32) {
+    const int bin = bin_of(row);
+    if (bin < 256) atomicAdd(&starts[bin], 1);
+  }
+  __syncwarp();
+  int sizes[8], sum = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    sizes[i] = starts[8 * lane + i];
+    sum += sizes[i];
+  }
+  int before = sum;
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const int other = __shfl_up_sync(0xffffffffu, before, offset);
+    if (lane >= offset) before += other;
+  }
+  const int total = __shfl_sync(0xffffffffu, before, 31);
+  before -= sum;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    starts[8 * lane + i] = before;
+    before += sizes[i];
+  }
+  __syncwarp();
+  for (int first = 0; first < count; first += 32) {
+    const int bin = bin_of(first + lane);
+    const uint32_t alike = __match_any_sync(0xffffffffu, bin);
+    const int rank = __popc(alike & ((1u << lane) - 1));
+    const int at = bin < 256 ? starts[bin] + rank : 0;
+    __syncwarp();
+    if (bin < 256) {
+      order[at] = static_cast<uint16_t>(first + lane);
+      if (rank == 0) starts[bin] += __popc(alike);
+    }
+    __syncwarp();
+  }
+  return total;
+}
+
+// A block's share of the work: every gridDim.x-th piece, forwards and backwards in turn, so that who has the
+// longest of one round has the shortest of the next.
+struct Walk {
+  const Problem* problem;
+  const uint16_t* order;
+  int pieces;
+  int round = 0;
+  // The piece in hand.
+  int row, head, part, tokens;
+  int64_t begin;  // Its first token.
+
+  __device__ bool Next() {
+    const int blocks = gridDim.x, block = blockIdx.x;
+    const int piece = round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
+    ++round;
+    if (piece >= pieces) return false;  // Then all later ones are, too.
+    const int heads = static_cast<int>(problem->args.heads);
+    part = piece % problem->parts;
+    head = piece / problem->parts % heads;
+    row = order[piece / problem->parts / heads];
+    begin = problem->rows.offsets[row];
+    tokens = problem->rows.offsets[row + 1] - static_cast<int>(begin);
+    return true;
+  }
+};
+
+// Copies a chunk to a stage: all 128 threads of a producer, `thread` this one's number. What is beyond `left`
+// tokens is zero, whatever memory holds there.
+template <typename L, int kKeys, int kConsumers>
+__device__ void CopyChunk(const DeltaRuleArgs& args, const Walk& walk, int chunk, uint32_t stage,
+                          int thread) {
+  const int left = walk.tokens - chunk * kChunk;
+  const int64_t token = walk.begin + int64_t{chunk} * kChunk;
+  const auto copy = [&](const void* from, int64_t first_column, auto pieces, uint32_t to) {
+    constexpr int kPieces = decltype(pieces)::value;
+    constexpr int kStep = 128 / kPieces;  // Tokens; a multiple of 8, so the swizzle is the same for all.
+    const int piece = thread % kPieces, row = thread / kPieces;
+    const __nv_bfloat16* source = static_cast<const __nv_bfloat16*>(from) +
+                                  (token + row) * args.token_stride + first_column + piece * 8;
+    to += piece / 8 * kTileBytes + InTile(row, piece % 8);
+#pragma unroll
+    for (int i = 0; i < kChunk / kStep; ++i) {
+      const bool there = row + i * kStep < left;
+      CopyAsync16(to + i * kStep * 128, there ? source : from, there);
+      source += kStep * args.token_stride;
+    }
+  };
+  using KeyPieces = std::integral_constant<int, kKeys / 8>;
+  using ValuePieces = std::integral_constant<int, 8 * kConsumers>;
+  copy(args.k, int64_t{walk.head} * kKeys, KeyPieces(), stage + L::kKeyTiles * kTileBytes);
+  copy(args.q, int64_t{walk.head} * kKeys, KeyPieces(), stage);
+  copy(args.v, int64_t{walk.head} * kKeys + walk.part * 64 * kConsumers, ValuePieces(),
+       stage + 2 * L::kKeyTiles * kTileBytes);
+}
+
+// Rows by keys: G = X K^T over the tiles at `x` and `k`, queued as one group. g: 64 x 64 over the warpgroup.
+template <int kKeyTiles>
+__device__ void QueueGram(float (&g)[32], uint32_t x, uint32_t k) {
+  const uint32_t x_tiles = TileByRows(x), k_tiles = TileByRows(k);
+  AsyncProductsBegin();
+#pragma unroll
+  for (int step = 0; step < 4 * kKeyTiles; ++step) {
+    const uint32_t at = step / 4 * kTileBytes + step % 4 * 32;
+    AsyncProductShared(g, Further(x_tiles, at), Further(k_tiles, at), step > 0);
+  }
+  AsyncProductsEnd();
+}
+
+// x in two parts whose sum has twice bfloat16's bits: of a pair.
+__device__ inline void Split(float low, float high, uint32_t* hi, uint32_t* lo) {
+  *hi = PackBfloat16(low, high);
+  *lo = PackBfloat16(low - LowBfloat16(*hi), high - HighBfloat16(*hi));
+}
+
+// d += a b in nearly float32, 16 x 16 x 16, operands split. b as LoadMatrices gives it: two column tiles.
+__device__ inline void SplitProduct(float (&d)[2][4], const uint32_t (&a_hi)[4], const uint32_t (&a_lo)[4],
+                                    const uint32_t (&b_hi)[4], const uint32_t (&b_lo)[4]) {
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    WarpProduct(d[n], a_lo, b_hi[2 * n], b_hi[2 * n + 1]);
+    WarpProduct(d[n], a_hi, b_lo[2 * n], b_lo[2 * n + 1]);
+    WarpProduct(d[n], a_hi, b_hi[2 * n], b_hi[2 * n + 1]);
+  }
+}
+
+// From G = K K^T, of warp w the rows 16 w to 16 w + 15 of A: what is left of the diagonal block to `blocks`,
+// split, and the diagonal block as -A^T, [16][20], to `diagonal`.
+__device__ void StoreA(const float (&g)[32], const float* beta, uint32_t blocks, float* diagonal, int warp,
+                       int lane) {
+  const int q = lane % 4, r = lane / 4;
+  const float beta0 = beta[16 * warp + r], beta8 = beta[16 * warp + r + 8];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const float* const left = g + 8 * k;  // Columns 16 k to 16 k + 7; then 8 more.
+    const float* const right = left + 4;
+    if (k < warp) {
+      uint32_t hi[4], lo[4];
+      Split(beta0 * left[0], beta0 * left[1], &hi[0], &lo[0]);
+      Split(beta8 * left[2], beta8 * left[3], &hi[1], &lo[1]);
+      Split(beta0 * right[0], beta0 * right[1], &hi[2], &lo[2]);
+      Split(beta8 * right[2], beta8 * right[3], &hi[3], &lo[3]);
+      const uint32_t at = blocks + (warp * (warp - 1) / 2 + k) * 2 * kBlockBytes +
+                          (lane / 8 % 2 * 8 + lane % 8) * 48 + lane / 16 * 16;
+      StoreMatrices(at, hi[0], hi[1], hi[2], hi[3]);
+      StoreMatrices(at + kBlockBytes, lo[0], lo[1], lo[2], lo[3]);
+    } else if (k == warp) {
+      // 20 is 4 mod 8: the 32 lanes of a store have banks of their own.
+      float* const at = diagonal + 2 * q * 20 + r;
+      at[0] = -beta0 * left[0];
+      at[20] = -beta0 * left[1];
+      at[8] = -beta8 * left[2];
+      at[28] = -beta8 * left[3];
+      at[160] = -beta0 * right[0];
+      at[180] = -beta0 * right[1];
+      at[168] = -beta8 * right[2];
+      at[188] = -beta8 * right[3];
+    }
+  }
+}
+
+// The warp's diagonal block, -A^T, turns into T^T = (I + A)^-T, split.
+__device__ void InvertDiagonal(unsigned char* diagonal, int lane) {
+  const float* const minus_a = reinterpret_cast<const float*>(diagonal);
+  __syncwarp();
+  // Column c of T, top down: once x_j is known, every row below takes its share of it. Columns of A are
+  // loaded two steps ahead, and (by the barriers) no earlier: all of A would not fit the registers.
+  const int c = lane % 16;
+  float x[16];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) x[i] = i == c ? 1.0f : 0.0f;
+  float4 a[3][4];
+  const auto load = [&](int j) {
+#pragma unroll
+    for (int i = (j + 1) / 4; i < 4; ++i)
+      a[j % 3][i] = *reinterpret_cast<const float4*>(minus_a + 20 * j + 4 * i);
+  };
+  load(0);
+  load(1);
+#pragma unroll
+  for (int j = 0; j < 15; ++j) {
+    __syncwarp();
+    if (j < 13) load(j + 2);
+#pragma unroll
+    for (int i = (j + 1) / 4; i < 4; ++i) {
+      const float4 below = a[j % 3][i];
+      if (4 * i + 0 > j) x[4 * i + 0] = fmaf(below.x, x[j], x[4 * i + 0]);
+      if (4 * i + 1 > j) x[4 * i + 1] = fmaf(below.y, x[j], x[4 * i + 1]);
+      if (4 * i + 2 > j) x[4 * i + 2] = fmaf(below.z, x[j], x[4 * i + 2]);
+      if (4 * i + 3 > j) x[4 * i + 3] = fmaf(below.w, x[j], x[4 * i + 3]);
+    }
+  }
+  __syncwarp();  // All have read A.
+  if (lane < 16) {
+    uint32_t hi[8], lo[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) Split(x[2 * i], x[2 * i + 1], &hi[i], &lo[i]);
+    uint4* const to = reinterpret_cast<uint4*>(diagonal + 48 * c);
+    to[0] = make_uint4(hi[0], hi[1], hi[2], hi[3]);
+    to[1] = make_uint4(hi[4], hi[5], hi[6], hi[7]);
+    to[kBlockBytes / 16] = make_uint4(lo[0], lo[1], lo[2], lo[3]);
+    to[kBlockBytes / 16 + 1] = make_uint4(lo[4], lo[5], lo[6], lo[7]);
+  }
+}
+
+// Writes block (i, j) of T B, given its transpose `t` without B, to the tiles T hi and T lo at `slot`.
+__device__ inline void StoreBlock(const float (&t)[2][4], float beta0, float beta8, uint32_t slot, int i,
+                                  int j, int lane) {
+  uint32_t hi[4], lo[4];
+  Split(beta0 * t[0][0], beta0 * t[0][1], &hi[0], &lo[0]);
+  Split(beta8 * t[0][2], beta8 * t[0][3], &hi[1], &lo[1]);
+  Split(beta0 * t[1][0], beta0 * t[1][1], &hi[2], &lo[2]);
+  Split(beta8 * t[1][2], beta8 * t[1][3], &hi[3], &lo[3]);
+  const uint32_t at = slot + InTile(16 * i + lane / 16 * 8 + lane % 8, 2 * j + lane / 8 % 2);
+  StoreMatricesTransposed(at, hi[0], hi[1], hi[2], hi[3]);
+  StoreMatricesTransposed(at + kTileBytes, lo[0], lo[1], lo[2], lo[3]);
+}
+
+// Warp j: block column j of T B to the slot, from what InvertDiagonal left of all four warps.
+__device__ void InvertColumn(const float* beta, uint32_t blocks, uint32_t diagonals, uint32_t slot, int j,
+                             int lane) {
+  const float beta0 = beta[16 * j + lane / 4], beta8 = beta[16 * j + lane / 4 + 8];
+  // Row of a block and half of it whose address this lane has, for blocks as they are and (T_ii^T) for A
+  // operands or, transposed, B operands.
+  const uint32_t as_b = (lane / 16 * 8 + lane % 8) * 48 + lane / 8 % 2 * 16;
+  const uint32_t as_a = (lane / 8 % 2 * 8 + lane % 8) * 48 + lane / 16 * 16;
+
+  uint32_t hi[4][4], lo[4][4];  // T_kj^T of k = j + 0, 1, 2 as A operands.
+  LoadMatrices(hi[0], diagonals + j * 2 * kBlockBytes + as_a);
+  LoadMatrices(lo[0], diagonals + j * 2 * kBlockBytes + kBlockBytes + as_a);
+  {
+    float t[2][4];
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      t[n / 2][n % 2 * 2] = LowBfloat16(hi[0][n]) + LowBfloat16(lo[0][n]);
+      t[n / 2][n % 2 * 2 + 1] = HighBfloat16(hi[0][n]) + HighBfloat16(lo[0][n]);
+    }
+    StoreBlock(t, beta0, beta8, slot, j, j, lane);
+  }
+#pragma unroll
+  for (int down = 1; down < 4; ++down) {
+    const int i = j + down;
+    if (i > 3) break;
+    float sum[2][4] = {};  // The transpose of A_ij T_jj + ... + A_i,i-1 T_i-1,j
+#pragma unroll
+    for (int k = 0; k < down; ++k) {
+      uint32_t a_hi[4], a_lo[4];
+      const uint32_t at = blocks + (i * (i - 1) / 2 + j + k) * 2 * kBlockBytes + as_b;
+      LoadMatrices(a_hi, at);
+      LoadMatrices(a_lo, at + kBlockBytes);
+      SplitProduct(sum, hi[k], lo[k], a_hi, a_lo);
+    }
+    uint32_t s_hi[4], s_lo[4], t_hi[4], t_lo[4];
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      Split(-sum[n / 2][n % 2 * 2], -sum[n / 2][n % 2 * 2 + 1], &s_hi[n], &s_lo[n]);
+    }
+    LoadMatricesTransposed(t_hi, diagonals + i * 2 * kBlockBytes + as_a);
+    LoadMatricesTransposed(t_lo, diagonals + i * 2 * kBlockBytes + kBlockBytes + as_a);
+    float t[2][4] = {};
+    SplitProduct(t, s_hi, s_lo, t_hi, t_lo);
+    if (down < 3) {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        Split(t[n / 2][n % 2 * 2], t[n / 2][n % 2 * 2 + 1], &hi[down][n], &lo[down][n]);
+      }
+    }
+    StoreBlock(t, beta0, beta8, slot, i, j, lane);
+  }
+}
+
+// P = tril(G), rounded. Of warp w the rows 16 w to 16 w + 15.
+__device__ void RoundLowerTriangle(const float (&g)[32], uint32_t (&p)[16], int warp, int lane) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const int column = 8 * (i / 2) + 2 * (lane % 4);
+    const int row = 16 * warp + lane / 4 + i % 2 * 8;
+    p[i] = PackBfloat16(column <= row ? g[2 * i] : 0.0f, column + 1 <= row ? g[2 * i + 1] : 0.0f);
+  }
+}
+__device__ void StoreLowerTriangle(const uint32_t (&p)[16], uint32_t tile, int warp, int lane) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    StoreMatrices(tile + InTile(16 * warp + lane / 8 % 2 * 8 + lane % 8, 2 * k + lane / 16), p[4 * k],
+                  p[4 * k + 1], p[4 * k + 2], p[4 * k + 3]);
+  }
+}
+
+// A producer that makes T (kT), or copies chunks and makes P (kP), or all of it.
+template <typename L, int kKeys, int kConsumers, bool kT, bool kP>
+__device__ void Produce(const Problem& problem, Walk walk, unsigned char* memory, int thread) {
+  const uint32_t base = SharedAddress(memory);
+  const int warp = thread / 32, lane = thread % 32;
+  const DeltaRuleArgs& args = problem.args;
+
+  int chunk = -1, chunks = 0;  // Of the chunk to be copied next.
+  const auto next_chunk = [&] {
+    if (++chunk < chunks) return true;
+    if (!walk.Next()) return false;
+    chunk = 0;
+    chunks = (walk.tokens + kChunk - 1) / kChunk;
+    return true;
+  };
+  Ring<kStages> copied;
+  float next_beta = 0;
+  Clocks clocks;
+  const auto copy = [&] {
+    clocks.Mark(0);
+    BarrierWait(base + L::StageFree(copied.at), copied.parity ^ 1);
+    clocks.Mark(1);
+    CopyChunk<L, kKeys, kConsumers>(args, walk, chunk, base + L::kStage + copied.at * L::kStageBytes, thread);
+    const int token = chunk * kChunk + thread;
+    next_beta = thread < kChunk && token < walk.tokens
+                    ? __bfloat162float(static_cast<const __nv_bfloat16*>(
+                          args.beta)[(walk.begin + token) * args.token_stride + walk.head])
+                    : 0.0f;
+    copied.Next();
+    clocks.Mark(2);
+  };
+
+  bool more = next_chunk();
+  if (kP) {
+    if (more) copy();
+    CopyAsyncCommit();
+  }
+  Ring<kStages> stage;
+  Ring<kSlots> slot;
+  while (more) {
+    float* const beta = reinterpret_cast<float*>(memory + L::kBeta) + stage.at * kChunk;
+    const float this_beta = next_beta;
+    more = next_chunk();
+    if (kP) {
+      if (more) copy();
+      CopyAsyncCommit();
+      if (thread < kChunk) beta[thread] = this_beta;
+      CopyAsyncWait<1>();
+      FenceAsyncProxy();
+      BarrierArrive(base + L::Loaded(stage.at));
+    }
+    BarrierWait(base + L::Loaded(stage.at), stage.parity);
+    clocks.Mark(3);
+    const uint32_t q = base + L::kStage + stage.at * L::kStageBytes;
+    const uint32_t k = q + L::kKeyTiles * kTileBytes;
+    const uint32_t to = base + L::kSlot + slot.at * L::kSlotBytes;
+    unsigned char* const diagonal = memory + L::kDiagonal + warp * 2 * kBlockBytes;
+    float a[32], g[32];
+    uint32_t p[16];
+    if constexpr (kT) QueueGram<L::kKeyTiles>(a, k, k);
+    if constexpr (kP) QueueGram<L::kKeyTiles>(g, q, k);
+    if constexpr (kT) {
+      AsyncProductsWait<kP ? 1 : 0>();
+      Pin(a);
+      clocks.Mark(4);
+      // Nobody is still reading what the chunk before left here: all have come to the barrier before.
+      StoreA(a, beta, base + L::kBlocks, reinterpret_cast<float*>(diagonal), warp, lane);
+    }
+    if constexpr (kP) {
+      clocks.Mark(0);
+      AsyncProductsWait<0>();
+      Pin(g);
+      clocks.Mark(5);
+      RoundLowerTriangle(g, p, warp, lane);
+    }
+    if constexpr (kT) InvertDiagonal(diagonal, lane);
+    clocks.Mark(6);
+    BarrierWait(base + L::SlotFree(slot.at), slot.parity ^ 1);
+    clocks.Mark(7);
+    if constexpr (kP) StoreLowerTriangle(p, to + 2 * kTileBytes, warp, lane);
+    if constexpr (kT) {
+      NamedBarrier(1 + kConsumers, 128);
+      clocks.Mark(8);
+      InvertColumn(beta, base + L::kBlocks, base + L::kDiagonal, to, warp, lane);
+    }
+    FenceAsyncProxy();
+    BarrierArrive(base + L::Ready(slot.at));
+    if (kT && !kP) NamedBarrier(1 + kConsumers, 128);
+    clocks.Mark(9);
+    stage.Next();
+    slot.Next();
+  }
+  // Other, stage free, copy, loaded, K K^T, Q K^T, diagonal, slot free, barrier, T.
+  clocks.Keep();
+}
+
+// A consumer: 64 columns of S. `group` is its number.
+template <typename L, int kKeys, int kConsumers, bool kNarrow>
+__device__ void Consume(const Problem& problem, Walk walk, unsigned char* memory, int group, int thread) {
+  const uint32_t base = SharedAddress(memory);
+  const int warp = thread / 32, lane = thread % 32;
+  const int q = lane % 4, r = lane / 4;
+  const DeltaRuleArgs& args = problem.args;
+  constexpr int V = kKeys;
+  const int64_t width = args.heads * V;
+
+  Ring<kStages> stage;
+  Ring<kSlots> slot;
+  Clocks clocks;
+  while (walk.Next()) {
+    const int column = walk.head * V + (walk.part * kConsumers + group) * 64;  // In [H, V].
+    const int64_t in_slot =
+        int64_t{walk.head} * (kKeys * V) + (walk.part * kConsumers + group) * 64 + 16 * warp + r;
+    float s[kKeys / 2];  // S^T: of warp w the rows 16 w to 16 w + 15.
+    if (problem.rows.fresh[walk.row]) {
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; ++i) s[i] = 0.0f;
+    } else {
+      const float* const from = args.state.at(problem.rows.base_slot[walk.row]) + in_slot + 2 * q * V;
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; ++i) s[i] = from[(i / 4 * 8 + i % 2) * V + i / 2 % 2 * 8];
+    }
+
+    float o[32];  // O^T of a chunk, which is stored while the next one is worked on.
+    const auto store_out = [&](int chunk, int at) {
+      const int64_t token = walk.begin + int64_t{chunk} * kChunk;
+      const int left = walk.tokens - chunk * kChunk;
+      if constexpr (kNarrow) {
+        const uint32_t tile = kConsumers > 1 ? base + L::kOut + group * kTileBytes
+                                             : base + L::kSlot + at * L::kSlotBytes + 2 * kTileBytes;
+        NamedBarrier(1 + group, 128);  // All four warps are done with what was there.
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float* const x = o + 8 * i;
+          StoreMatricesTransposed(tile + InTile(16 * i + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2),
+                                  PackBfloat16(args.scale * x[0], args.scale * x[1]),
+                                  PackBfloat16(args.scale * x[2], args.scale * x[3]),
+                                  PackBfloat16(args.scale * x[4], args.scale * x[5]),
+                                  PackBfloat16(args.scale * x[6], args.scale * x[7]));
+        }
+        NamedBarrier(1 + group, 128);
+        const unsigned char* const from = memory + (tile - base) + InTile(thread / 8, thread % 8);
+        __nv_bfloat16* to = static_cast<__nv_bfloat16*>(args.out_bfloat16) + (token + thread / 8) * width +
+                            column + thread % 8 * 8;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (thread / 8 + 16 * i < left) {
+            *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from + 16 * 128 * i);
+          }
+          to += 16 * width;
+        }
+        __syncwarp();
+      } else {
+        float* to = args.out + (token + 2 * q) * width + column + 16 * warp + r;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            if (8 * i + 2 * q + e % 2 < left) to[e % 2 * width + e / 2 * 8] = args.scale * o[4 * i + e];
+          }
+          to += 8 * width;
+        }
+      }
+      if (lane == 0) BarrierArrive(base + L::SlotFree(at));
+    };
+
+    uint32_t s_operand[kKeys / 16][4];
+    const auto round_s = [&] {
+#pragma unroll
+      for (int i = 0; i < kKeys / 4; ++i) s_operand[i / 4][i % 4] = PackBfloat16(s[2 * i], s[2 * i + 1]);
+    };
+    round_s();
+
+    const int chunks = (walk.tokens + kChunk - 1) / kChunk;
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      clocks.Mark(0);
+      BarrierWait(base + L::Ready(slot.at), slot.parity);
+      clocks.Mark(1);
+      const uint32_t q_tiles = base + L::kStage + stage.at * L::kStageBytes;
+      const uint32_t k_tiles = q_tiles + L::kKeyTiles * kTileBytes;
+      const uint32_t v_tile = k_tiles + (L::kKeyTiles + group) * kTileBytes;
+      const uint32_t q_rows = TileByRows(q_tiles), k_rows = TileByRows(k_tiles);
+      const uint32_t k_columns = TileByColumns(k_tiles);
+      const uint32_t t_rows = TileByRows(base + L::kSlot + slot.at * L::kSlotBytes);  // T hi, T lo, P
+
+      float x[32];
+      AsyncProductsBegin();
+#pragma unroll
+      for (int i = 0; i < kKeys / 16; ++i) {  // S^T K^T
+        AsyncProduct<64, false>(x, s_operand[i], Further(k_rows, i / 4 * kTileBytes + i % 4 * 32), i > 0);
+      }
+      AsyncProductsEnd();
+
+      uint32_t operand[4][4];  // V^T, then X^T, then U^T.
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        LoadMatricesTransposed(operand[i],
+                               v_tile + InTile(16 * i + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2));
+      }
+      if (chunk > 0) store_out(chunk - 1, slot.at ^ 1);
+      AsyncProductsBegin();
+#pragma unroll
+      for (int i = 0; i < kKeys / 16; ++i) {  // S^T Q^T
+        AsyncProduct<64, false>(o, s_operand[i], Further(q_rows, i / 4 * kTileBytes + i % 4 * 32), i > 0);
+      }
+      AsyncProductsEnd();
+
+      clocks.Mark(2);
+      // With two consumers the other one's products fill the gap, and registers are short.
+      AsyncProductsWait<kConsumers == 1 ? 1 : 0>();
+      Pin(x);
+      clocks.Mark(3);
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        uint32_t& v = operand[i / 4][i % 4];
+        v = PackBfloat16(LowBfloat16(v) - x[2 * i], HighBfloat16(v) - x[2 * i + 1]);
+      }
+      AsyncProductsBegin();
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {  // X^T T^T, hi and lo
+        AsyncProduct<64, false>(x, operand[i % 4], Further(t_rows, i / 4 * kTileBytes + i % 4 * 32), i > 0);
+      }
+      AsyncProductsEnd();
+      clocks.Mark(4);
+      AsyncProductsWait<0>();
+      Pin(x);
+      Pin(o);
+      clocks.Mark(5);
+#pragma unroll
+      for (int i = 0; i < 16; ++i) operand[i / 4][i % 4] = PackBfloat16(x[2 * i], x[2 * i + 1]);
+      AsyncProductsBegin();
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // S^T += U^T K
+        AsyncProduct<kKeys, true>(s, operand[i], Further(k_columns, i * 16 * 128), true);
+      }
+      AsyncProductsEnd();
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // O^T += U^T P^T
+        AsyncProduct<64, false>(o, operand[i], Further(t_rows, 2 * kTileBytes + i * 32), true);
+      }
+      AsyncProductsEnd();
+      clocks.Mark(6);
+      AsyncProductsWait<1>();
+      Pin(s);
+      clocks.Mark(7);
+      if (lane == 0) BarrierArrive(base + L::StageFree(stage.at));
+      round_s();
+      // Nothing is left pending over the loop's end: there the compiler would make every product wait.
+      AsyncProductsWait<0>();
+      Pin(o);
+      clocks.Mark(8);
+      stage.Next();
+      slot.Next();
+    }
+    store_out(chunks - 1, slot.at ^ 1);
+
+    float* const to = args.state.at(problem.rows.work_slot[walk.row]) + in_slot + 2 * q * V;
+    bool finite = true;
+#pragma unroll
+    for (int i = 0; i < kKeys / 2; ++i) {
+      to[(i / 4 * 8 + i % 2) * V + i / 2 % 2 * 8] = s[i];
+      finite &= isfinite(s[i]);
+    }
+    if (!finite) args.nonfinite[walk.row] = 1;
+    clocks.Mark(9);
+  }
+  // State in, ready, S K^T to S Q^T, wait, X, wait, U, wait, round S, state out.
+  clocks.Keep();
+}
+
+#endif  // __CUDA_ARCH_FEAT_SM90_ALL
+
+template <int kKeys, int kConsumers, bool kNarrow>
+__global__ void __launch_bounds__(Layout<kKeys, kConsumers>::kThreads, 1)
+    DeltaRuleChunkKernel(const __grid_constant__ Problem problem) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using L = Layout<kKeys, kConsumers>;
+  unsigned char* const memory = DynamicSharedMemory();
+  const uint32_t base = SharedAddress(memory);
+  const int thread = threadIdx.x;
+  uint16_t* const order = reinterpret_cast<uint16_t*>(memory + L::kOrder);
+  if (thread < 32) {
+    const int count = SortRows(problem.rows, order, reinterpret_cast<int*>(memory + L::kStage));
+    if (thread == 0) {
+      *reinterpret_cast<int*>(memory + L::kCount) = count;
+      for (int i = 0; i < kStages; ++i) {
+        BarrierInit(base + L::Loaded(i), 128);
+        BarrierInit(base + L::StageFree(i), 4 * kConsumers);
+      }
+      for (int i = 0; i < kSlots; ++i) {
+        BarrierInit(base + L::Ready(i), 128 * L::kProducers);
+        BarrierInit(base + L::SlotFree(i), 4 * kConsumers);
+      }
+      BarrierInitFence();
+    }
+  } else {
+    // What is above T's diagonal stays zero.
+    for (int i = thread - 32; i < kSlots * L::kSlotBytes / 16; i += L::kThreads - 32) {
+      reinterpret_cast<uint4*>(memory + L::kSlot)[i] = make_uint4(0, 0, 0, 0);
+    }
+    FenceAsyncProxy();
+  }
+  __syncthreads();
+  const int count = *reinterpret_cast<const int*>(memory + L::kCount);
+  const Walk walk{.problem = &problem,
+                  .order = order,
+                  .pieces = count * static_cast<int>(problem.args.heads) * problem.parts};
+
+  const int group = __shfl_sync(0xffffffffu, thread / 128, 0);
+  if (group < kConsumers) {
+    MoreRegisters<kConsumers == 1 ? 232 : 192>();
+    Consume<L, kKeys, kConsumers, kNarrow>(problem, walk, memory, group, thread % 128);
+  } else {
+    FewerRegisters<kConsumers == 1 ? 136 : 120>();
+    if constexpr (kConsumers > 1) {
+      Produce<L, kKeys, kConsumers, true, true>(problem, walk, memory, thread % 128);
+    } else if (group == kConsumers) {
+      Produce<L, kKeys, kConsumers, true, false>(problem, walk, memory, thread % 128);
+    } else {
+      Produce<L, kKeys, kConsumers, false, true>(problem, walk, memory, thread % 128);
+    }
+  }
+#endif
+}
+
+struct DeviceLimits {
+  bool hopper;
+  int multiprocessors;
+};
+DeviceLimits LimitsOfThisDevice() {
+  const auto get = [](cudaDeviceAttr attribute) {
+    int device = 0, value = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return 0;
+    return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 0;
+  };
+  return {get(cudaDevAttrComputeCapabilityMajor) == 9 && get(cudaDevAttrComputeCapabilityMinor) == 0,
+          get(cudaDevAttrMultiProcessorCount)};
+}
+
+template <int kKeys, int kConsumers, bool kNarrow>
+absl::Status Launch(const RaggedRows& rows, const DeltaRuleArgs& args, int multiprocessors,
+                    cudaStream_t stream) {
+  using L = Layout<kKeys, kConsumers>;
+  const auto kernel = DeltaRuleChunkKernel<kKeys, kConsumers, kNarrow>;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kBytes);
+  if (error != cudaSuccess) {
+    return absl::InternalError(absl::StrCat("DeltaRuleChunkKernel needs ", L::kBytes,
+                                            " bytes of shared memory: ", cudaGetErrorString(error)));
+  }
+  const int parts = static_cast<int>(args.value_dim) / (64 * kConsumers);
+  for (int64_t first = 0; first < rows.rows; first += kMaxRows) {
+    Problem problem{.rows = rows, .args = args, .parts = parts};
+    problem.rows.rows = std::min<int64_t>(rows.rows - first, kMaxRows);
+    problem.rows.offsets += first;
+    problem.rows.base_slot += first;
+    problem.rows.work_slot += first;
+    problem.rows.fresh += first;
+    problem.args.nonfinite += first;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(
+        static_cast<unsigned>(std::min<int64_t>(multiprocessors, problem.rows.rows * args.heads * parts)));
+    config.blockDim = dim3(L::kThreads);
+    config.dynamicSmemBytes = L::kBytes;
+    config.stream = stream;
+    if (cudaLaunchKernelEx(&config, kernel, problem) != cudaSuccess)
+      return LaunchStatus("DeltaRuleChunkKernel");
+  }
+  return absl::OkStatus();
+}
+
+template <int kKeys, int kConsumers>
+absl::Status Launch(const RaggedRows& rows, const DeltaRuleArgs& args, int multiprocessors,
+                    cudaStream_t stream) {
+  return args.out_bfloat16 != nullptr ? Launch<kKeys, kConsumers, true>(rows, args, multiprocessors, stream)
+                                      : Launch<kKeys, kConsumers, false>(rows, args, multiprocessors, stream);
+}
+
+bool Aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+}  // namespace
+
+bool DeltaRuleChunkCudaTakes(const DeltaRuleArgs& args) {
+  return args.dtype == DType::kBFloat16 && args.key_dim == args.value_dim &&
+         (args.key_dim == 64 || args.key_dim == 128) && args.token_stride % 8 == 0 && Aligned(args.q) &&
+         Aligned(args.k) && Aligned(args.v) && Aligned(args.out_bfloat16) && LimitsOfThisDevice().hopper;
+}
+
+absl::Status DeltaRuleChunkCuda(const RaggedRows& rows, const DeltaRuleArgs& args, void* stream) {
+  const int multiprocessors = LimitsOfThisDevice().multiprocessors;
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  if (args.key_dim == 64) return Launch<64, 1>(rows, args, multiprocessors, cuda_stream);
+  if (rows.rows * args.heads * 2 <= multiprocessors) {
+    return Launch<128, 1>(rows, args, multiprocessors, cuda_stream);
+  }
+  return Launch<128, 2>(rows, args, multiprocessors, cuda_stream);
+}
+
+#ifdef DELTANET_DELTA_RULE_CLOCKS
+// For benchmarks: the clocks of the last launch, by warpgroup.
+void CopyDeltaRuleClocks(int (*clocks)[10]) {
+  cudaMemcpyFromSymbol(clocks, spent_clocks, sizeof(spent_clocks));
+}
+#endif
+
+}  // namespace deltanet
