@@ -78,9 +78,9 @@ TEST(ArrivalsTest, AreAPoissonProcess) {
   EXPECT_NEAR(std::sqrt(squares / kCount - mean * mean), 0.02, 0.0008);  // As large as the mean.
 }
 
-class GenerateLoadTest : public testing::Test {
+class GenerationLoadTest : public testing::Test {
  protected:
-  GenerateLoadTest() {
+  GenerationLoadTest() {
     options_.server = service_.address();
     options_.model = "letters";
     options_.vocab_size = FakeService::kVocab;
@@ -122,7 +122,7 @@ class GenerateLoadTest : public testing::Test {
   GenerateLoadOptions options_;
 };
 
-TEST_F(GenerateLoadTest, ClosedLoopSendsWhatWasPlanned) {
+TEST_F(GenerationLoadTest, ClosedLoopSendsWhatWasPlanned) {
   for (const int64_t connections : {1, 3}) {
     FakeService service(FakeService::Model::kLetters);
     options_.server = service.address();
@@ -160,7 +160,7 @@ TEST_F(GenerateLoadTest, ClosedLoopSendsWhatWasPlanned) {
   }
 }
 
-TEST_F(GenerateLoadTest, ClosedLoopKeepsSoManyUnderWay) {
+TEST_F(GenerationLoadTest, ClosedLoopKeepsSoManyUnderWay) {
   service_.HoldGenerate();
   options_.concurrency = 5;
   options_.connections = 2;
@@ -173,7 +173,7 @@ TEST_F(GenerateLoadTest, ClosedLoopKeepsSoManyUnderWay) {
   EXPECT_EQ(service_.most_generating(), 5);
 }
 
-TEST_F(GenerateLoadTest, OpenLoopSendsWithoutAnswers) {
+TEST_F(GenerationLoadTest, OpenLoopSendsWithoutAnswers) {
   service_.HoldGenerate();
   options_.rate = 1000;
   options_.connections = 2;
@@ -186,7 +186,7 @@ TEST_F(GenerateLoadTest, OpenLoopSendsWithoutAnswers) {
   EXPECT_THAT(Seen(), UnorderedElementsAreArray(Planned(0, 30)));
 }
 
-TEST_F(GenerateLoadTest, EveryGapCounts) {
+TEST_F(GenerationLoadTest, EveryGapCounts) {
   service_.HoldGenerate();
   options_.output_tokens = {3, 3};
   options_.requests = 1;
@@ -203,7 +203,7 @@ TEST_F(GenerateLoadTest, EveryGapCounts) {
   EXPECT_GE(report.whole.max(), report.first_token.max() + report.between_tokens.max());
 }
 
-TEST_F(GenerateLoadTest, TheWarmUpIsNotMeasured) {
+TEST_F(GenerationLoadTest, TheWarmUpIsNotMeasured) {
   for (const bool open : {false, true}) {
     options_.concurrency = 3;
     options_.connections = 2;
@@ -221,7 +221,7 @@ TEST_F(GenerateLoadTest, TheWarmUpIsNotMeasured) {
   }
 }
 
-TEST_F(GenerateLoadTest, StopsAfterItsDurationAndAwaitsWhatItBegan) {
+TEST_F(GenerationLoadTest, StopsAfterItsDurationAndAwaitsWhatItBegan) {
   for (const bool open : {false, true}) {
     options_.requests = std::nullopt;
     options_.duration = absl::Milliseconds(60);
@@ -240,7 +240,7 @@ TEST_F(GenerateLoadTest, StopsAfterItsDurationAndAwaitsWhatItBegan) {
   }
 }
 
-TEST_F(GenerateLoadTest, CountsErrorsByTheirReason) {
+TEST_F(GenerationLoadTest, CountsErrorsByTheirReason) {
   service_.RefuseGenerate(3);
   for (const bool open : {false, true}) {
     if (open) options_.rate = 2000;
@@ -252,7 +252,7 @@ TEST_F(GenerateLoadTest, CountsErrorsByTheirReason) {
   }
 }
 
-TEST_F(GenerateLoadTest, FewerTokensThanAskedForAreAnError) {
+TEST_F(GenerationLoadTest, FewerTokensThanAskedForAreAnError) {
   service_.CutGenerate(5);
   options_.output_tokens = {5, 6};
   const absl::StatusOr<GenerateLoadReport> report = Run();
@@ -265,7 +265,7 @@ TEST_F(GenerateLoadTest, FewerTokensThanAskedForAreAnError) {
   EXPECT_THAT(report->first_error, HasSubstr("got 5 tokens, want 6"));
 }
 
-TEST_F(GenerateLoadTest, GivesUpWhereEverythingIsRefused) {
+TEST_F(GenerationLoadTest, GivesUpWhereEverythingIsRefused) {
   service_.RefuseGenerate(1);
   options_.requests = 100000;
   absl::Status status = Run().status();
@@ -279,7 +279,7 @@ TEST_F(GenerateLoadTest, GivesUpWhereEverythingIsRefused) {
   EXPECT_EQ(service_.generate_calls().size(), 101u);
 }
 
-TEST_F(GenerateLoadTest, GivesUpASilentServer) {
+TEST_F(GenerationLoadTest, GivesUpASilentServer) {
   service_.HoldGenerate();
   options_.silence = absl::Milliseconds(100);
   options_.concurrency = 3;
@@ -295,7 +295,7 @@ TEST_F(GenerateLoadTest, GivesUpASilentServer) {
   EXPECT_EQ(report.status().message(), "nothing has come in the warm-up for 100ms");
 }
 
-TEST_F(GenerateLoadTest, ReportsProgress) {
+TEST_F(GenerationLoadTest, ReportsProgress) {
   service_.HoldGenerate();
   options_.concurrency = 2;
   options_.requests = 2;
@@ -313,7 +313,7 @@ TEST_F(GenerateLoadTest, ReportsProgress) {
   EXPECT_EQ(seen[0].tokens, 2);
 }
 
-TEST_F(GenerateLoadTest, RefusesWrongOptions) {
+TEST_F(GenerationLoadTest, RefusesWrongOptions) {
   const auto refused = [this](const std::function<void(GenerateLoadOptions*)>& change,
                               const std::string& message) {
     GenerateLoadOptions options = options_;
