@@ -38,12 +38,13 @@ def check(condition, message):
         raise Failure(message)
 
 
-def run(*command, status=0, timeout=300, **options):
+def run(*command, status=0, timeout=300, stderr=subprocess.STDOUT, **options):
     """Runs a command to its end; its exit status is `status`, or anything where that is None."""
-    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=stderr, text=True,
                           timeout=timeout, **options)
     check(status is None or done.returncode == status,
-          f"{' '.join(map(str, command))}: exit status {done.returncode}, want {status}\n{done.stdout[-4000:]}")
+          f"{' '.join(map(str, command))}: exit status {done.returncode}, want {status}\n{done.stdout[-4000:]}"
+          f"{done.stderr or ''}")
     return done
 
 
@@ -280,6 +281,40 @@ def test_kill(stack):
     stack.client("health", "--server", "server:50051")
 
 
+def test_generation(files):
+    """A model of one's own, mounted from a directory, that generates; Prometheus saw it."""
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        stack = Stack(files)
+        stack.environment |= {"DELTANET_MODEL_DIR": directory, "DELTANET_MODEL_NAME": "language"}
+        stack.compose("run", "--rm", "-T", "--user", f"{os.getuid()}:{os.getgid()}", "model", "make-model", "--family",
+                      "delta_net", "--d-model", "64", "--num-layers", "2", "--num-heads", "2", "--vocab-size", "100",
+                      "--output", "/model")
+        stack.compose("up", "-d", "--no-build", "server")
+        wait_until("the server is healthy", lambda: stack.healthy("server"), 60)
+        server = ("--server", "server:50051")
+        # A rate wants the counters as they were before, too.
+        wait_until("Prometheus reads the new server",
+                   lambda: stack.value('deltanet_generated_tokens_total{model="language"}') is not None, 30)
+        greedy = [stack.compose("run", "--rm", "-T", "client", "generate", *server, "--ids", "1,2,3", "--max-tokens", "8",
+                                stderr=subprocess.PIPE) for _ in range(2)]
+        ids = greedy[0].stdout.split()
+        print(f"  1 2 3 -> {' '.join(ids)}")
+        check(len(ids) == 8 and all(0 <= int(id) < 100 for id in ids), f"want 8 ids below 100, found {ids}")
+        check(greedy[1].stdout.split() == ids, f"the most likely tokens, again: {greedy[1].stdout}")
+        check("finished by length: prompt 3 tokens, generated 8" in greedy[0].stderr, f"the summary: {greedy[0].stderr}")
+        stack.client("bench", *server, "--generate", "--concurrency", "4", "--seconds", "10", "--prompt-tokens", "16",
+                     "--output-tokens", "32")
+        for query in ('deltanet_requests_total{method="Generate", code="OK"} > 2',
+                      'deltanet_generations_finished_total{model="language", reason="length"} > 2',
+                      'deltanet_prompt_tokens_total{model="language"} > 6',
+                      'deltanet_generated_tokens_total{model="language"} > 16',
+                      'deltanet_time_to_first_token_seconds_count{model="language"} > 2',
+                      'deltanet_time_per_output_token_seconds_count{model="language"} > 14',
+                      'deltanet_generations_running{model="language"} == 0'):
+            wait_until(query, lambda: stack.value(query) is not None, 20)
+
+
 def test_tls(files):
     """The TLS override, with certificates made as its comment says: who trusts them is served, nobody in the clear."""
     comment = (DEPLOY / "docker-compose.tls.yaml").read_text()
@@ -297,7 +332,8 @@ def test_tls(files):
 
 
 def test_queries(stack, begin):
-    """Every query of the alerts and the dashboard had values while this test ran."""
+    """Every query of the alerts and the dashboard had values while this test ran, but for those of a GPU."""
+    gpu_metrics = {"deltanet_device_memory_bytes", "deltanet_device_memory_free_bytes"}
     queries = []
     for group in stack.prometheus("rules")["groups"]:
         for rule in group["rules"]:
@@ -314,7 +350,10 @@ def test_queries(stack, begin):
     check(rules and len(queries) > rules, f"{rules} rules, {len(queries) - rules} queries of {len(dashboards)} dashboards")
     for title, query in queries:
         result = stack.prometheus("query_range", query=query, start=begin, end=time.time(), step=5)["result"]
-        check(any(value != "NaN" for series in result for _, value in series["values"]), f"{title}: no values of {query}")
+        found = any(value != "NaN" for series in result for _, value in series["values"])
+        names = set(re.findall(r"\bdeltanet_\w+", query))
+        of_gpu = bool(names) and names <= gpu_metrics
+        check(found != of_gpu, f"{title}: {'' if found else 'no '}values of {query}")
     print(f"  {rules} alerts, {len(queries) - rules} queries of the dashboard")
 
 
@@ -348,6 +387,8 @@ def main():
             test_stop_during_work(stack)
         with step("kill"):
             test_kill(stack)
+        with step("generation"):
+            test_generation(files)
         with step("TLS"):
             test_tls(files)
         with step("queries"):
