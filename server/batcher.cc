@@ -1052,6 +1052,7 @@ class Batcher::Impl {
   // Batch thread. Calls `done` of each; then gathers, if these are the answers of a step.
   void Deliver(std::vector<Completion> completions, std::optional<GatherAfter> gather) {
     for (Completion& completion : completions) {
+      completion.result.together = static_cast<int64_t>(completions.size());
       if (observer_ != nullptr) observer_->OnWorkDone(completion.lane->model, completion.result);
       completion.work->done(completion.result);
       completion.work.reset();

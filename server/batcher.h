@@ -56,6 +56,7 @@ struct WorkResult {
   bool ended = false;              // The lane has committed its end_of_sequence.
   absl::Duration queued;     // From Submit to the start of the first step it was in (or to now, if in none).
   absl::Duration computing;  // Sum of the steps that it was in.
+  int64_t together = 1;      // Works that are answered at once, this one included.
 };
 
 struct GeneratedToken {

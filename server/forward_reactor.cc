@@ -162,7 +162,13 @@ void ForwardReactor::FinishCall(absl::Status status) {
     MutexLock lock(&mu_);
     if (status.ok()) FillResponseLocked(result);
   }
-  Finish(ToGrpcStatus(status));
+  if (!AnswersElsewhere(result)) return Finish(ToGrpcStatus(status));
+  context_->executor->Run([this, outcome = ToGrpcStatus(status)] {
+    {
+      MutexLock lock(&mu_);  // Behind the above, which ThreadSanitizer cannot see.
+    }
+    Finish(outcome);
+  });
 }
 
 void ForwardReactor::FillResponseLocked(const WorkResult& result) {

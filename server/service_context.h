@@ -59,6 +59,11 @@ struct ModelTokenizer {
   std::string why_not;
 };
 
+// Whether the answer of a work is serialized and written on the executor and not on the batch thread: where
+// so many are answered at once that the next step would wait for it. For few, the way to another thread is
+// longer.
+inline bool AnswersElsewhere(const WorkResult& result) { return result.together >= 32; }
+
 // Constant while the service runs; everything pointed to is thread-safe, and owned by the server.
 struct ServiceContext {
   std::vector<std::string> model_names;    // In the order of the batcher's numbers, and of the alphabet.

@@ -254,7 +254,7 @@ void StreamForwardReactor::OnWorkDone(const SessionKey& key, StreamSession* entr
   } else {
     context_->sessions->Touch(session);
   }
-  Answer(std::move(message), status);
+  Answer(std::move(message), status, AnswersElsewhere(result));
   if (entry != nullptr) RouteDeferred(key, entry);
 }
 
@@ -275,7 +275,8 @@ void StreamForwardReactor::RouteDeferred(const SessionKey& key, StreamSession* e
   }
 }
 
-void StreamForwardReactor::Answer(std::unique_ptr<Message> message, const absl::Status& status) {
+void StreamForwardReactor::Answer(std::unique_ptr<Message> message, const absl::Status& status,
+                                  bool elsewhere) {
   if (!status.ok()) {
     *message->response.mutable_error() = ToRpcStatus(status);
     message->response.clear_top();
@@ -291,7 +292,25 @@ void StreamForwardReactor::Answer(std::unique_ptr<Message> message, const absl::
     MutexLock lock(&mu_);
     unwritten_.push_back(std::move(message));
   }
-  Advance();
+  if (elsewhere) {
+    ScheduleAdvance();
+  } else {
+    Advance();
+  }
+}
+
+void StreamForwardReactor::ScheduleAdvance() {
+  {
+    MutexLock lock(&mu_);
+    if (std::exchange(scheduled_, true)) return;
+  }
+  context_->executor->Run([self = shared_from_this()] {
+    {
+      MutexLock lock(&self->mu_);
+      self->scheduled_ = false;
+    }
+    self->Advance();
+  });
 }
 
 void StreamForwardReactor::ObserveOutput() {

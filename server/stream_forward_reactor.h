@@ -91,11 +91,13 @@ class StreamForwardReactor
                   std::unique_ptr<Message> message, const WorkResult& result);
   // Routes what was deferred behind an end_of_sequence that is answered now.
   void RouteDeferred(const SessionKey& key, StreamSession* entry);
-  // Queues the message's response: what it holds, or the error.
-  void Answer(std::unique_ptr<Message> message, const absl::Status& status);
+  // Queues the message's response: what it holds, or the error. `elsewhere`: it is written on the executor.
+  void Answer(std::unique_ptr<Message> message, const absl::Status& status, bool elsewhere = false);
   // Notes when the stream gave output.
   void ObserveOutput();
   void Advance();
+  // Lets the executor call Advance, unless it is about to.
+  void ScheduleAdvance();
 
   bool MayReadLocked() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   bool MayFinishLocked() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -118,6 +120,7 @@ class StreamForwardReactor
   Mutex mu_;
   std::shared_ptr<StreamForwardReactor> self_ ABSL_GUARDED_BY(mu_);  // Until OnDone.
   std::map<SessionKey, StreamSession> sessions_ ABSL_GUARDED_BY(mu_);
+  bool scheduled_ ABSL_GUARDED_BY(mu_) = false;
   bool reading_ ABSL_GUARDED_BY(mu_) = false;
   std::unique_ptr<Message> incoming_ ABSL_GUARDED_BY(mu_);  // Being read.
   bool starting_read_ ABSL_GUARDED_BY(mu_) =

@@ -49,6 +49,22 @@ TEST(Forward, ABatchGivesEachSequenceItsOwnOutput) {
   EXPECT_EQ(Floats(result->output), expected);
 }
 
+TEST(Forward, ABatchOfManyIsAnsweredByAnotherThread) {
+  TestServer server(FakeModelOptions{.num_slots = 128, .max_step_rows = 64});
+  const std::vector<float> input = RandomValues(1, 64 * 3);
+  std::vector<float> expected;
+  for (int64_t b = 0; b < 64; ++b) {
+    Append(server.model().ExpectedOutput(
+               std::vector<float>(input.begin() + b * 3 * kWidth, input.begin() + (b + 1) * 3 * kWidth)),
+           &expected);
+  }
+  for (int i = 0; i < 20; ++i) {
+    const auto result = server.client().Forward({input.data(), {64, 3, kWidth}}, {});
+    ASSERT_TRUE(result.ok()) << result.status();
+    EXPECT_EQ(Floats(result->output), expected);
+  }
+}
+
 TEST(Forward, ABatchIsOneStepFromTheStart) {
   TestServer server(FakeModelOptions{.num_slots = 64, .max_step_rows = 16});
   const std::vector<float> input = RandomValues(1, 16);

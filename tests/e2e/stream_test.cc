@@ -5,6 +5,7 @@
 #include <random>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -141,6 +142,50 @@ TEST(Stream, PipelinedMessagesOfManySessionsKeepTheirOrder) {
   writer.join();
   EXPECT_TRUE(stream->Finish().ok());
   for (uint32_t s = 0; s < kSessions; ++s) EXPECT_EQ(outputs[s], server.model().ExpectedOutput(inputs[s]));
+}
+
+// So many that their answers are written by other threads than the one that computes.
+TEST(Stream, ManyAnswersAtOnceKeepTheirOrder) {
+  TestServer server(FakeModelOptions{.num_slots = 200, .max_step_tokens = 1024, .max_step_rows = 128});
+  constexpr uint32_t kSessions = 60;  // In a stream's window.
+  constexpr int64_t kTokens = 30;
+  std::vector<std::unique_ptr<ForwardStream>> streams;
+  for (int i = 0; i < 2; ++i) streams.push_back(server.client().OpenStream({}));
+  const auto input = [&](size_t stream, uint32_t s) { return RandomValues(stream * 1000 + s, kTokens); };
+  std::map<std::pair<size_t, uint32_t>, std::vector<float>> outputs;
+  for (int64_t position = 0; position < kTokens; ++position) {
+    const int64_t held = static_cast<int64_t>(server.model().launched().size());
+    server.model().Hold(held);  // So that the step behind it has all the rest.
+    for (size_t i = 0; i < streams.size(); ++i) {
+      for (uint32_t s = 0; s < kSessions; ++s) {
+        ASSERT_TRUE(streams[i]->Write({.stream_session = s,
+                                       .input = Tokens(input(i, s), position, position + 1),
+                                       .end_of_sequence = position + 1 == kTokens}));
+      }
+    }
+    server.model().WaitUntilHeld(held);
+    const double in_step = static_cast<double>(server.model().launched().back().size());
+    while (in_step + server.Metric("deltanet_queued_works") < 2 * kSessions) continue;
+    server.model().Release(held);
+    for (size_t i = 0; i < streams.size(); ++i) {
+      for (uint32_t s = 0; s < kSessions; ++s) {
+        StreamResponse response;
+        ASSERT_TRUE(streams[i]->Read(&response));
+        ASSERT_TRUE(response.status.ok()) << response.status;
+        EXPECT_EQ(response.output_position, position);
+        Append(Floats(response.output), &outputs[{i, response.stream_session}]);
+      }
+    }
+  }
+  size_t most = 0;
+  for (const auto& rows : server.model().launched()) most = std::max(most, rows.size());
+  EXPECT_GE(most, 32u);
+  for (size_t i = 0; i < streams.size(); ++i) {
+    EXPECT_TRUE(streams[i]->Finish().ok());
+    for (uint32_t s = 0; s < kSessions; ++s) {
+      EXPECT_EQ((outputs[{i, s}]), server.model().ExpectedOutput(input(i, s)));
+    }
+  }
 }
 
 TEST(Stream, ANumberBeginsAnewAfterEndOfSequenceEvenPipelined) {
