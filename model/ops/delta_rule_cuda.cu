@@ -172,9 +172,6 @@ absl::Status Dispatch(const RaggedRows& rows, const DeltaRuleArgs& args, int64_t
   return Launch<T, 0>(rows, args, most, stream);
 }
 
-// Until the chunk kernel has been seen right on a device, nothing uses it unasked.
-constexpr DeltaRuleCudaPath kDefaultPath = DeltaRuleCudaPath::kTokens;
-
 DeltaRuleCudaPath path = DeltaRuleCudaPath::kDefault;
 
 }  // namespace
@@ -183,8 +180,7 @@ void SetDeltaRuleCudaPathForTesting(DeltaRuleCudaPath wanted) { path = wanted; }
 
 absl::Status DeltaRuleCuda(const RaggedRows& rows, const DeltaRuleArgs& args, void* stream) {
   if (rows.rows == 0) return absl::OkStatus();
-  const DeltaRuleCudaPath chosen = path == DeltaRuleCudaPath::kDefault ? kDefaultPath : path;
-  const bool chunks = chosen == DeltaRuleCudaPath::kChunks && DeltaRuleChunkCudaTakes(args);
+  const bool chunks = path != DeltaRuleCudaPath::kTokens && DeltaRuleChunkCudaTakes(args);
   if (chunks) RETURN_IF_ERROR(DeltaRuleChunkCuda(rows, args, stream));
   const int64_t most = chunks ? kDeltaRuleFewTokens : INT64_MAX;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);

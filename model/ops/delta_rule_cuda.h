@@ -13,7 +13,8 @@ namespace deltanet {
 // alone, so that its bits do not depend on what else is in the step.
 constexpr int kDeltaRuleFewTokens = 16;
 
-// Which kernels DeltaRuleCuda uses where both can do the work. For tests and benchmarks; not thread-safe.
+// Which kernels DeltaRuleCuda uses where both can do the work: by default, chunks. For tests and benchmarks;
+// not thread-safe.
 enum class DeltaRuleCudaPath { kDefault, kTokens, kChunks };
 void SetDeltaRuleCudaPathForTesting(DeltaRuleCudaPath path);
 
