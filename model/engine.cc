@@ -112,7 +112,7 @@ struct Workspace {
                           layout.Take(composed ? tokens * kConvTaps * d : 0, t),
                           layout.Take(tokens * z_stride, t),
                           layout.Take(composed ? 0 : tokens * qkv_stride, t),
-                          layout.Take(tokens * value_width, DType::kFloat32),
+                          layout.Take(tokens * value_width, t),
                           layout.Take(tokens * std::max(d, value_width), t),
                           layout.Take(tokens * d, t),
                           layout.Take(tokens * 2 * ff, t),
@@ -123,7 +123,7 @@ struct Workspace {
     taps = buffer.data() + at[1];
     z = buffer.data() + at[2];
     qkv = composed ? z : buffer.data() + at[3];
-    mixed = reinterpret_cast<float*>(buffer.data() + at[4]);
+    mixed = buffer.data() + at[4];
     normed = buffer.data() + at[5];
     product = buffer.data() + at[6];
     ff_in = buffer.data() + at[7];
@@ -136,7 +136,7 @@ struct Workspace {
   void* taps;      // [N, 3, d] T
   void* z;         // [N, z_stride] T: projected q, k, v, beta, output gate.
   void* qkv;       // [N, qkv_stride] T: what the delta rule takes: q, k, v, beta. z itself, if composed.
-  float* mixed;    // [N, HV] What the delta rule gives.
+  void* mixed;     // [N, HV] T: what the delta rule gives.
   void* normed;    // [N, d or HV] T: a norm's result on its way into a product.
   void* product;   // [N, d] T: a product's result on its way back into the residual stream.
   void* ff_in;     // [N, 2f] T
@@ -667,6 +667,7 @@ class Engine final : public Model {
     AddRmsNormArgs norm;
     norm.rows = weights_.norm_per_head ? n * weights_.heads : n;
     norm.width = weights_.norm_per_head ? weights_.value_dim : value_width;
+    norm.x_dtype = weights_.dtype;
     norm.x = w.mixed;
     norm.scale = layer.out_norm;
     norm.epsilon = weights_.epsilon;
@@ -714,7 +715,11 @@ class Engine final : public Model {
     rule.token_stride = w.qkv_stride;
     rule.scale = weights_.scale;
     rule.state = Slots(index, 0);
-    rule.out = w.mixed;
+    if (t == DType::kBFloat16) {
+      rule.out_bfloat16 = w.mixed;
+    } else {
+      rule.out = static_cast<float*>(w.mixed);
+    }
     rule.nonfinite = nonfinite;
     RETURN_IF_ERROR(DeltaRule(rows, rule, context));
     RETURN_IF_ERROR(NormMixed(n, layer, context));

@@ -8,16 +8,16 @@
 namespace deltanet {
 namespace {
 
-template <typename T>
+template <typename X, typename T>
 __global__ void AddRmsNormKernel(AddRmsNormArgs args) {
   __shared__ float scratch[32];
   const int64_t n = blockIdx.x;
   const int64_t d = args.width;
   const int64_t from = args.gather != nullptr ? args.gather[n] : n;
-  const float* x = args.x + from * d;
+  const X* x = static_cast<const X*>(args.x) + from * d;
   const T* delta = args.delta != nullptr ? static_cast<const T*>(args.delta) + from * d : nullptr;
   const auto value = [&](int64_t i) {
-    float sum = x[i];
+    float sum = ToFloat(x[i]);
     if (delta != nullptr) sum += ToFloat(delta[i]);
     if (args.bias != nullptr) sum += args.bias[i];
     return sum;
@@ -46,16 +46,25 @@ __global__ void AddRmsNormKernel(AddRmsNormArgs args) {
   }
 }
 
+template <typename X>
+void Launch(const AddRmsNormArgs& args, cudaStream_t stream) {
+  const int threads = BlockThreads(args.width);
+  if (args.delta_dtype == DType::kBFloat16) {
+    AddRmsNormKernel<X, __nv_bfloat16><<<args.rows, threads, 0, stream>>>(args);
+  } else {
+    AddRmsNormKernel<X, float><<<args.rows, threads, 0, stream>>>(args);
+  }
+}
+
 }  // namespace
 
 absl::Status AddRmsNormCuda(const AddRmsNormArgs& args, void* stream) {
   if (args.rows == 0) return absl::OkStatus();
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  const int threads = BlockThreads(args.width);
-  if (args.delta_dtype == DType::kBFloat16) {
-    AddRmsNormKernel<__nv_bfloat16><<<args.rows, threads, 0, cuda_stream>>>(args);
+  if (args.x_dtype == DType::kBFloat16) {
+    Launch<__nv_bfloat16>(args, cuda_stream);
   } else {
-    AddRmsNormKernel<float><<<args.rows, threads, 0, cuda_stream>>>(args);
+    Launch<float>(args, cuda_stream);
   }
   return LaunchStatus("AddRmsNormKernel");
 }

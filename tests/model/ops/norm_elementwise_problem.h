@@ -39,15 +39,20 @@ struct NormProblem {
   static constexpr int kPartsEnd = 32;
 
   NormProblem(int64_t width, int parts, DType delta_dtype = DType::kFloat32,
-              DType normed_dtype = DType::kFloat32)
+              DType normed_dtype = DType::kFloat32, DType x_dtype = DType::kFloat32)
       : width(width),
-        x(RandomNormal(kSourceRows * width, 1)),
+        x(Rounded(RandomNormal(kSourceRows * width, 1), x_dtype)),
         delta(Rounded(RandomNormal(kSourceRows * width, 2), delta_dtype)),
         bias(RandomNormal(width, 3)),
         scale(RandomNormal(width, 4)),
         sum(kRows * width),
         normed(kRows * width) {
-    args = {.rows = kRows, .width = width, .x = x.data(), .delta_dtype = delta_dtype, .scale = scale.data()};
+    args = {.rows = kRows,
+            .width = width,
+            .x_dtype = x_dtype,
+            .x = x.data(),
+            .delta_dtype = delta_dtype,
+            .scale = scale.data()};
     if (parts & 1) args.gather = gather.data();
     if (parts & 2) args.delta = delta.data();
     if (parts & 4) args.bias = bias.data();

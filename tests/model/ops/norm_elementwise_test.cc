@@ -108,6 +108,9 @@ TEST(AddRmsNormContractTest, RefusesWhatItCannotDo) {
   bad.scale = nullptr;  // Nothing to write.
   EXPECT_EQ(code(bad), absl::StatusCode::kInvalidArgument);
   bad = good;
+  bad.x_dtype = DType::kBFloat16;
+  EXPECT_EQ(code(bad), absl::StatusCode::kInvalidArgument);
+  bad = good;
   bad.delta_dtype = DType::kBFloat16;
   EXPECT_EQ(code(bad), absl::StatusCode::kInvalidArgument);
   bad = good;
