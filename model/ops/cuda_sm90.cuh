@@ -69,6 +69,18 @@ __device__ inline bool BarrierTry(uint32_t barrier, uint32_t parity) {
       : "memory");
   return done != 0;
 }
+// The same without ever waiting: BarrierTry may, for a while.
+__device__ inline bool BarrierIsPast(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{.reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, p;}\n"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
 __device__ inline void BarrierWait(uint32_t barrier, uint32_t parity) {
   while (!BarrierTry(barrier, parity)) {
   }
@@ -201,6 +213,9 @@ __device__ inline void AsyncProductShared(float* d, uint32_t a, uint32_t b, bool
 }
 
 #undef DELTANET_F8
+
+// The compiler takes it that x may have changed here, and computes nothing from it in advance.
+__device__ inline void Opaque(int* x) { asm volatile("" : "+r"(*x)); }
 
 // Moves registers of this warpgroup to or from the block's others. All its warps, once.
 template <int kRegisters>

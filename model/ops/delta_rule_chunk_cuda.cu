@@ -8,8 +8,8 @@
 //
 // T and P come from the chunk alone; the chain from chunk to chunk is K S, then U, then S.
 //
-// Tiling. A block has one or two consumer warpgroups and one or two producer warpgroups, and works through a
-// list of (row, head, part of V), longest rows first. A consumer has 64 columns of S. It works on transposes,
+// Tiling. A block has one or two consumer warpgroups and two producer warpgroups, and works through a list of
+// (row, head, part of V), longest rows first. A consumer has 64 columns of S. It works on transposes,
 // so that everything that depends on S is a left operand and lives in its registers, where the result of one
 // product, rounded to pairs, is the left operand of the next:
 //
@@ -19,9 +19,9 @@
 // S^T stays in float32 accumulators for the row's whole length; the products are asynchronous (wgmma), Q S
 // and P U running while the chain rounds its operands. Producers run ahead: they copy the next chunk
 // (cp.async, 3 stages of q, k, v) and make T and P (2 slots) of a chunk while the consumers are at the one
-// before. With two consumers (V = 128) one producer does all; with one consumer (V = 64, or V = 128 split
-// over two blocks, when there are fewer rows and heads than half the multiprocessors) one makes T, the other
-// copies and makes P.
+// before. With two consumers (V = 128) one producer copies and the other makes T and P; with one consumer (V
+// = 64, or V = 128 split over two blocks, when there are fewer rows and heads than half the multiprocessors)
+// one makes T, the other copies and makes P.
 //
 // T, on a warpgroup whose warp w has rows 16w to 16w+15 of A: each warp inverts its diagonal 16x16 block by
 // substitution in float32, a lane a column. Then warp j goes down block column j in registers,
@@ -42,16 +42,17 @@
 // chunk, so 32 chunks take 51 us at 1.75 GHz; the chain alone (one consumer: 64 x 64 x (2 K + 64 2)) 640
 // cycles and its latencies.
 //
-// Measured (24 November 2026, one H200, CUDA graph of one call, us, float32 out / bfloat16 out; 16 heads of
-// 128 unless said):
+// Measured, when a single producer still both copied and made T and P for two consumers (24 November 2026, one
+// H200, CUDA graph of one call, us, float32 out / bfloat16 out; 16 heads of 128 unless said):
 //
 //   8 rows of 2048     151 / 142      32 rows of 512             168 / 158     1 row of 512     28 / 27
 //   1 row of 8192      306 / 291      64 rows of 64               84 / 85      1 row of 2048    84 / 81
 //   1 row of 32768    1198 / 1134     32 ragged rows, 8913       157 / 149
 //   8 rows of 4096, 32 heads of 64                               280 / 260
 //
-// A chunk of a single row takes 2.3 us, about three times what its products alone would: the latencies of
-// the chain. Token by token, 8 rows of 2048 take 2505.
+// There, as with one consumer (2.3 us a chunk), producers were what everything waited for: a chunk's T took them
+// some 4300 cycles, its copies as many where all multiprocessors copied, and a consumer 2800 or less. Token by
+// token, 8 rows of 2048 take 2505.
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
@@ -74,8 +75,8 @@ constexpr int kOffDiagonal = 6;       // Blocks below the diagonal.
 // Shared memory of a block, in bytes from its start.
 template <int kKeys, int kConsumers>
 struct Layout {
-  static constexpr int kProducers = kConsumers == 1 ? 2 : 1;
-  static constexpr int kThreads = 128 * (kConsumers + kProducers);
+  static constexpr int kMakers = kConsumers == 1 ? 2 : 1;  // Producers that make T or P.
+  static constexpr int kThreads = 128 * (kConsumers + 2);
   static constexpr int kKeyTiles = kKeys / 64;
   static constexpr int kStageBytes = (2 * kKeyTiles + kConsumers) * kTileBytes;  // q, k, v
   static constexpr int kSlotBytes = 3 * kTileBytes;                              // T hi, T lo, P
@@ -452,11 +453,69 @@ __device__ void StoreLowerTriangle(const uint32_t (&p)[16], uint32_t tile, int w
   }
 }
 
-// A producer that makes T (kT), or copies chunks and makes P (kP), or all of it.
-template <typename L, int kKeys, int kConsumers, bool kT, bool kP>
+// A producer that copies chunks and makes nothing of them.
+template <typename L, int kKeys, int kConsumers>
+__device__ void CopyOnly(const Problem& problem, Walk walk, unsigned char* memory, int thread) {
+  const uint32_t base = SharedAddress(memory);
+  const DeltaRuleArgs& args = problem.args;
+  Clocks clocks;
+  Ring<kStages> stage, last;  // Of the chunk in hand; of the one that is on its way.
+  float last_beta = 0;
+  bool underway = false;
+  const auto arrived = [&] {
+    if (thread < kChunk) reinterpret_cast<float*>(memory + L::kBeta)[last.at * kChunk + thread] = last_beta;
+    FenceAsyncProxy();
+    BarrierArrive(base + L::Loaded(last.at));
+  };
+  while (walk.Next()) {
+    const int chunks = (walk.tokens + kChunk - 1) / kChunk;
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      clocks.Mark(0);
+      // Nobody waits for a chunk that is there because the next one has no place yet.
+      if (!BarrierIsPast(base + L::StageFree(stage.at), stage.parity ^ 1)) {
+        if (underway) {
+          CopyAsyncWait<0>();
+          arrived();
+          underway = false;
+        }
+        BarrierWait(base + L::StageFree(stage.at), stage.parity ^ 1);
+      }
+      __syncwarp();
+      clocks.Mark(1);
+      CopyChunk<L, kKeys, kConsumers>(args, walk, chunk, base + L::kStage + stage.at * L::kStageBytes,
+                                      thread);
+      CopyAsyncCommit();
+      const int token = chunk * kChunk + thread;
+      const float beta = thread < kChunk && token < walk.tokens
+                             ? __bfloat162float(static_cast<const __nv_bfloat16*>(
+                                   args.beta)[(walk.begin + token) * args.token_stride + walk.head])
+                             : 0.0f;
+      clocks.Mark(2);
+      if (underway) {
+        CopyAsyncWait<1>();
+        arrived();
+      }
+      underway = true;
+      last_beta = beta;
+      last = stage;
+      stage.Next();
+      clocks.Mark(3);
+    }
+  }
+  if (underway) {
+    CopyAsyncWait<0>();
+    arrived();
+  }
+  // Other, stage free, copy, loaded.
+  clocks.Keep();
+}
+
+// A producer that makes T (kT), or copies chunks (kCopy) and makes P (kP), or makes both.
+template <typename L, int kKeys, int kConsumers, bool kCopy, bool kT, bool kP>
 __device__ void Produce(const Problem& problem, Walk walk, unsigned char* memory, int thread) {
   const uint32_t base = SharedAddress(memory);
-  const int warp = thread / 32, lane = thread % 32;
+  const int warp = thread / 32;
+  int lane = thread % 32;
   const DeltaRuleArgs& args = problem.args;
 
   int chunk = -1, chunks = 0;  // Of the chunk to be copied next.
@@ -485,17 +544,18 @@ __device__ void Produce(const Problem& problem, Walk walk, unsigned char* memory
   };
 
   bool more = next_chunk();
-  if (kP) {
+  if (kCopy) {
     if (more) copy();
     CopyAsyncCommit();
   }
   Ring<kStages> stage;
   Ring<kSlots> slot;
   while (more) {
+    Opaque(&lane);  // Or all addresses of the loop would be made before it, and spilled.
     float* const beta = reinterpret_cast<float*>(memory + L::kBeta) + stage.at * kChunk;
     const float this_beta = next_beta;
     more = next_chunk();
-    if (kP) {
+    if (kCopy) {
       if (more) copy();
       CopyAsyncCommit();
       if (thread < kChunk) beta[thread] = this_beta;
@@ -539,7 +599,7 @@ __device__ void Produce(const Problem& problem, Walk walk, unsigned char* memory
     }
     FenceAsyncProxy();
     BarrierArrive(base + L::Ready(slot.at));
-    if (kT && !kP) NamedBarrier(1 + kConsumers, 128);
+    if (!kCopy) NamedBarrier(1 + kConsumers, 128);
     clocks.Mark(9);
     stage.Next();
     slot.Next();
@@ -742,7 +802,7 @@ __global__ void __launch_bounds__(Layout<kKeys, kConsumers>::kThreads, 1)
         BarrierInit(base + L::StageFree(i), 4 * kConsumers);
       }
       for (int i = 0; i < kSlots; ++i) {
-        BarrierInit(base + L::Ready(i), 128 * L::kProducers);
+        BarrierInit(base + L::Ready(i), 128 * L::kMakers);
         BarrierInit(base + L::SlotFree(i), 4 * kConsumers);
       }
       BarrierInitFence();
@@ -764,15 +824,19 @@ __global__ void __launch_bounds__(Layout<kKeys, kConsumers>::kThreads, 1)
   if (group < kConsumers) {
     MoreRegisters<kConsumers == 1 ? 232 : 192>();
     Consume<L, kKeys, kConsumers, kNarrow>(problem, walk, memory, group, thread % 128);
-  } else {
-    FewerRegisters<kConsumers == 1 ? 136 : 120>();
-    if constexpr (kConsumers > 1) {
-      Produce<L, kKeys, kConsumers, true, true>(problem, walk, memory, thread % 128);
-    } else if (group == kConsumers) {
-      Produce<L, kKeys, kConsumers, true, false>(problem, walk, memory, thread % 128);
+  } else if constexpr (kConsumers == 1) {
+    FewerRegisters<136>();
+    if (group == kConsumers) {
+      Produce<L, kKeys, kConsumers, false, true, false>(problem, walk, memory, thread % 128);
     } else {
-      Produce<L, kKeys, kConsumers, false, true>(problem, walk, memory, thread % 128);
+      Produce<L, kKeys, kConsumers, true, false, true>(problem, walk, memory, thread % 128);
     }
+  } else if (group == kConsumers) {
+    FewerRegisters<96>();
+    Produce<L, kKeys, kConsumers, false, true, true>(problem, walk, memory, thread % 128);
+  } else {
+    FewerRegisters<32>();
+    CopyOnly<L, kKeys, kConsumers>(problem, walk, memory, thread % 128);
   }
 #endif
 }
