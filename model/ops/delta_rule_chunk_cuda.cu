@@ -8,8 +8,8 @@
 //
 // T and P come from the chunk alone; the chain from chunk to chunk is K S, then U, then S.
 //
-// Tiling. A block has one or two consumer warpgroups and two producer warpgroups, and works through a list of
-// (row, head, part of V), longest rows first. A consumer has 64 columns of S. It works on transposes,
+// Tiling. A block has four warpgroups, one or two consumers and for the rest producers, and works through a
+// list of (row, head, part of V), longest rows first. A consumer has 64 columns of S. It works on transposes,
 // so that everything that depends on S is a left operand and lives in its registers, where the result of one
 // product, rounded to pairs, is the left operand of the next:
 //
@@ -21,7 +21,7 @@
 // (cp.async, 3 stages of q, k, v) and make T and P (2 slots) of a chunk while the consumers are at the one
 // before. With two consumers (V = 128) one producer copies and the other makes T and P; with one consumer (V
 // = 64, or V = 128 split over two blocks, when there are fewer rows and heads than half the multiprocessors)
-// one makes T, the other copies and makes P.
+// two make T, of chunks in turn, and the third copies and makes P.
 //
 // T, on a warpgroup whose warp w has rows 16w to 16w+15 of A: each warp inverts its diagonal 16x16 block by
 // substitution in float32, a lane a column. Then warp j goes down block column j in registers,
@@ -42,17 +42,17 @@
 // chunk, so 32 chunks take 51 us at 1.75 GHz; the chain alone (one consumer: 64 x 64 x (2 K + 64 2)) 640
 // cycles and its latencies.
 //
-// Measured, when a single producer still both copied and made T and P for two consumers (24 November 2026, one
-// H200, CUDA graph of one call, us, float32 out / bfloat16 out; 16 heads of 128 unless said):
+// Measured, when one producer still copied and made T and P for two consumers, and one made all T for one (24
+// November 2026, one H200, CUDA graph of one call, us, float32 out / bfloat16 out; 16 heads of 128 unless
+// said):
 //
 //   8 rows of 2048     151 / 142      32 rows of 512             168 / 158     1 row of 512     28 / 27
 //   1 row of 8192      306 / 291      64 rows of 64               84 / 85      1 row of 2048    84 / 81
 //   1 row of 32768    1198 / 1134     32 ragged rows, 8913       157 / 149
 //   8 rows of 4096, 32 heads of 64                               280 / 260
 //
-// There, as with one consumer (2.3 us a chunk), producers were what everything waited for: a chunk's T took them
-// some 4300 cycles, its copies as many where all multiprocessors copied, and a consumer 2800 or less. Token by
-// token, 8 rows of 2048 take 2505.
+// Producers were then what everything waited for: a chunk's T took some 4300 cycles, its copies as many where
+// all multiprocessors copied, and a consumer 2800 or less. Token by token, 8 rows of 2048 take 2505.
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
@@ -75,8 +75,9 @@ constexpr int kOffDiagonal = 6;       // Blocks below the diagonal.
 // Shared memory of a block, in bytes from its start.
 template <int kKeys, int kConsumers>
 struct Layout {
-  static constexpr int kMakers = kConsumers == 1 ? 2 : 1;  // Producers that make T or P.
-  static constexpr int kThreads = 128 * (kConsumers + 2);
+  static constexpr int kMakers = kConsumers == 1 ? 2 : 1;  // Producers that make a chunk's T or P.
+  static constexpr int kTurns = kConsumers == 1 ? 2 : 1;   // Producers that make T, of chunks in turn.
+  static constexpr int kThreads = 512;
   static constexpr int kKeyTiles = kKeys / 64;
   static constexpr int kStageBytes = (2 * kKeyTiles + kConsumers) * kTileBytes;  // q, k, v
   static constexpr int kSlotBytes = 3 * kTileBytes;                              // T hi, T lo, P
@@ -86,10 +87,12 @@ struct Layout {
   // Outputs on their way to memory, a tile a consumer. One consumer uses the slot's P instead.
   static constexpr int kOut = kSlot + kSlots * kSlotBytes;
   // A below the diagonal: block (i, k) is number i (i - 1) / 2 + k, its hi before its lo.
+  // One such, and what follows it, for each of kTurns.
   static constexpr int kBlocks = kOut + (kConsumers > 1 ? kConsumers * kTileBytes : 0);
   // Of each warp, the diagonal block: first -A^T in float32, rows 20 floats apart, then T^T, hi and lo.
   static constexpr int kDiagonal = kBlocks + kOffDiagonal * 2 * kBlockBytes;
-  static constexpr int kBeta = kDiagonal + 4 * 2 * kBlockBytes;          // float[kStages][kChunk]
+  static constexpr int kTurnBytes = (kOffDiagonal + 4) * 2 * kBlockBytes;
+  static constexpr int kBeta = kBlocks + kTurns * kTurnBytes;            // float[kStages][kChunk]
   static constexpr int kBarriers = kBeta + kStages * kChunk * 4;         // uint64_t[2 * kStages + 2 * kSlots]
   static constexpr int kCount = kBarriers + 8 * 2 * (kStages + kSlots);  // int32_t
   static constexpr int kOrder = kCount + 16;                             // uint16_t[kMaxRows]
@@ -510,9 +513,10 @@ __device__ void CopyOnly(const Problem& problem, Walk walk, unsigned char* memor
   clocks.Keep();
 }
 
-// A producer that makes T (kT), or copies chunks (kCopy) and makes P (kP), or makes both.
+// A producer that makes T (kT) of every kTurns-th chunk, from number `turn`, or copies chunks (kCopy) and
+// makes P (kP), or makes both.
 template <typename L, int kKeys, int kConsumers, bool kCopy, bool kT, bool kP>
-__device__ void Produce(const Problem& problem, Walk walk, unsigned char* memory, int thread) {
+__device__ void Produce(const Problem& problem, Walk walk, unsigned char* memory, int turn, int thread) {
   const uint32_t base = SharedAddress(memory);
   const int warp = thread / 32;
   int lane = thread % 32;
@@ -543,23 +547,37 @@ __device__ void Produce(const Problem& problem, Walk walk, unsigned char* memory
     clocks.Mark(2);
   };
 
+  constexpr int kTurns = kCopy ? 1 : L::kTurns;
+  Ring<kStages> stage;
+  Ring<kSlots> slot;
   bool more = next_chunk();
+  for (int i = 0; i < turn; ++i) {
+    more = next_chunk();
+    stage.Next();
+    slot.Next();
+  }
   if (kCopy) {
     if (more) copy();
     CopyAsyncCommit();
   }
-  Ring<kStages> stage;
-  Ring<kSlots> slot;
   while (more) {
     Opaque(&lane);  // Or all addresses of the loop would be made before it, and spilled.
     float* const beta = reinterpret_cast<float*>(memory + L::kBeta) + stage.at * kChunk;
     const float this_beta = next_beta;
-    more = next_chunk();
+    for (int i = 0; i < kTurns; ++i) more = next_chunk();
+    bool ahead = false;
     if (kCopy) {
-      if (more) copy();
-      CopyAsyncCommit();
+      // Nobody waits for a chunk that is there because the next one has no place yet.
+      ahead = more && BarrierIsPast(base + L::StageFree(copied.at), copied.parity ^ 1);
+      ahead = __shfl_sync(0xffffffffu, int{ahead}, 0) != 0;
+      if (ahead) {
+        copy();
+        CopyAsyncCommit();
+        CopyAsyncWait<1>();
+      } else {
+        CopyAsyncWait<0>();
+      }
       if (thread < kChunk) beta[thread] = this_beta;
-      CopyAsyncWait<1>();
       FenceAsyncProxy();
       BarrierArrive(base + L::Loaded(stage.at));
     }
@@ -568,7 +586,9 @@ __device__ void Produce(const Problem& problem, Walk walk, unsigned char* memory
     const uint32_t q = base + L::kStage + stage.at * L::kStageBytes;
     const uint32_t k = q + L::kKeyTiles * kTileBytes;
     const uint32_t to = base + L::kSlot + slot.at * L::kSlotBytes;
-    unsigned char* const diagonal = memory + L::kDiagonal + warp * 2 * kBlockBytes;
+    const uint32_t blocks = base + L::kBlocks + turn * L::kTurnBytes;
+    const uint32_t diagonals = base + L::kDiagonal + turn * L::kTurnBytes;
+    unsigned char* const diagonal = memory + (diagonals - base) + warp * 2 * kBlockBytes;
     float a[32], g[32];
     uint32_t p[16];
     if constexpr (kT) QueueGram<L::kKeyTiles>(a, k, k);
@@ -578,7 +598,7 @@ __device__ void Produce(const Problem& problem, Walk walk, unsigned char* memory
       Pin(a);
       clocks.Mark(4);
       // Nobody is still reading what the chunk before left here: all have come to the barrier before.
-      StoreA(a, beta, base + L::kBlocks, reinterpret_cast<float*>(diagonal), warp, lane);
+      StoreA(a, beta, blocks, reinterpret_cast<float*>(diagonal), warp, lane);
     }
     if constexpr (kP) {
       clocks.Mark(0);
@@ -587,22 +607,28 @@ __device__ void Produce(const Problem& problem, Walk walk, unsigned char* memory
       clocks.Mark(5);
       RoundLowerTriangle(g, p, warp, lane);
     }
+    if (kCopy && more && !ahead) {
+      copy();
+      CopyAsyncCommit();
+    }
     if constexpr (kT) InvertDiagonal(diagonal, lane);
     clocks.Mark(6);
     BarrierWait(base + L::SlotFree(slot.at), slot.parity ^ 1);
     clocks.Mark(7);
     if constexpr (kP) StoreLowerTriangle(p, to + 2 * kTileBytes, warp, lane);
     if constexpr (kT) {
-      NamedBarrier(1 + kConsumers, 128);
+      NamedBarrier(1 + kConsumers + turn, 128);
       clocks.Mark(8);
-      InvertColumn(beta, base + L::kBlocks, base + L::kDiagonal, to, warp, lane);
+      InvertColumn(beta, blocks, diagonals, to, warp, lane);
     }
     FenceAsyncProxy();
     BarrierArrive(base + L::Ready(slot.at));
-    if (!kCopy) NamedBarrier(1 + kConsumers, 128);
+    if (!kCopy) NamedBarrier(1 + kConsumers + turn, 128);
     clocks.Mark(9);
-    stage.Next();
-    slot.Next();
+    for (int i = 0; i < kTurns; ++i) {
+      stage.Next();
+      slot.Next();
+    }
   }
   // Other, stage free, copy, loaded, K K^T, Q K^T, diagonal, slot free, barrier, T.
   clocks.Keep();
@@ -822,18 +848,19 @@ __global__ void __launch_bounds__(Layout<kKeys, kConsumers>::kThreads, 1)
 
   const int group = __shfl_sync(0xffffffffu, thread / 128, 0);
   if (group < kConsumers) {
-    MoreRegisters<kConsumers == 1 ? 232 : 192>();
+    MoreRegisters<kConsumers == 1 ? 208 : 192>();
     Consume<L, kKeys, kConsumers, kNarrow>(problem, walk, memory, group, thread % 128);
   } else if constexpr (kConsumers == 1) {
-    FewerRegisters<136>();
-    if (group == kConsumers) {
-      Produce<L, kKeys, kConsumers, false, true, false>(problem, walk, memory, thread % 128);
+    if (group < 3) {
+      FewerRegisters<112>();
+      Produce<L, kKeys, kConsumers, false, true, false>(problem, walk, memory, group - 1, thread % 128);
     } else {
-      Produce<L, kKeys, kConsumers, true, false, true>(problem, walk, memory, thread % 128);
+      FewerRegisters<80>();
+      Produce<L, kKeys, kConsumers, true, false, true>(problem, walk, memory, 0, thread % 128);
     }
   } else if (group == kConsumers) {
     FewerRegisters<96>();
-    Produce<L, kKeys, kConsumers, false, true, true>(problem, walk, memory, thread % 128);
+    Produce<L, kKeys, kConsumers, false, true, true>(problem, walk, memory, 0, thread % 128);
   } else {
     FewerRegisters<32>();
     CopyOnly<L, kKeys, kConsumers>(problem, walk, memory, thread % 128);
