@@ -798,6 +798,13 @@ class Engine final : public Model {
     RaggedRows rows;
     rows.rows = static_cast<int64_t>(s->step_rows.size());
     rows.tokens = s->tokens;
+    const auto [shortest, longest] =
+        std::minmax_element(s->step_rows.begin(), s->step_rows.end(),
+                            [](const StepRow& a, const StepRow& b) { return a.tokens < b.tokens; });
+    if (rows.rows > 0) {
+      rows.shortest = shortest->tokens;
+      rows.longest = longest->tokens;
+    }
     rows.offsets = s->device.offsets;
     rows.token_row = s->device.token_row;
     rows.base_slot = s->device.base_slot;

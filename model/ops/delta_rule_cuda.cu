@@ -180,8 +180,12 @@ void SetDeltaRuleCudaPathForTesting(DeltaRuleCudaPath wanted) { path = wanted; }
 
 absl::Status DeltaRuleCuda(const RaggedRows& rows, const DeltaRuleArgs& args, void* stream) {
   if (rows.rows == 0) return absl::OkStatus();
-  const bool chunks = path != DeltaRuleCudaPath::kTokens && DeltaRuleChunkCudaTakes(args);
-  if (chunks) RETURN_IF_ERROR(DeltaRuleChunkCuda(rows, args, stream));
+  const bool chunks = path != DeltaRuleCudaPath::kTokens && rows.longest > kDeltaRuleFewTokens &&
+                      DeltaRuleChunkCudaTakes(args);
+  if (chunks) {
+    RETURN_IF_ERROR(DeltaRuleChunkCuda(rows, args, stream));
+    if (rows.shortest > kDeltaRuleFewTokens) return absl::OkStatus();
+  }
   const int64_t most = chunks ? kDeltaRuleFewTokens : INT64_MAX;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   return args.dtype == DType::kBFloat16 ? Dispatch<__nv_bfloat16>(rows, args, most, cuda_stream)

@@ -21,6 +21,8 @@ namespace deltanet {
 struct RaggedRows {
   int64_t rows = 0;                    // R
   int64_t tokens = 0;                  // N == offsets[R]
+  int64_t shortest = 0;                // No row has fewer tokens than this,
+  int64_t longest = INT64_MAX;         // and none more: what the host knows of the rows' lengths.
   const int32_t* offsets = nullptr;    // [R+1], offsets[0] == 0, not decreasing: a row may be empty.
   const int32_t* token_row = nullptr;  // [N] The row of each token. Read on CUDA only.
   const int32_t* base_slot = nullptr;  // [R] State read; ignored where fresh.

@@ -168,6 +168,8 @@ void Run(const std::string& name, const std::vector<int32_t>& lengths, int heads
       .device = {.type = DeviceType::kCuda, .index = 0}, .parallel_for = NotOnTheHost, .stream = stream};
   const RaggedRows rows{.rows = R,
                         .tokens = N,
+                        .shortest = *std::min_element(lengths.begin(), lengths.end()),
+                        .longest = *std::max_element(lengths.begin(), lengths.end()),
                         .offsets = offsets_there.data(),
                         .base_slot = base_there.data(),
                         .work_slot = work_there.data(),

@@ -161,8 +161,15 @@ struct Ragged {
     end.push_back(length);
   }
   RaggedRows rows() const {
+    int64_t shortest = std::numeric_limits<int64_t>::max(), longest = 0;
+    for (size_t r = 0; r + 1 < offsets.size(); ++r) {
+      shortest = std::min<int64_t>(shortest, offsets[r + 1] - offsets[r]);
+      longest = std::max<int64_t>(longest, offsets[r + 1] - offsets[r]);
+    }
     return RaggedRows{.rows = static_cast<int64_t>(fresh.size()),
                       .tokens = offsets.back(),
+                      .shortest = shortest,
+                      .longest = longest,
                       .offsets = offsets.data(),
                       .base_slot = base_slot.data(),
                       .work_slot = work_slot.data(),
