@@ -23,6 +23,7 @@ extern "C" const char* __tsan_default_suppressions() {
          // Our reactors are called from these: only what they do themselves, not what is called from them.
          "race_top:grpc::internal::Callback\n"
          "race_top:std::function<void (bool)>\n"
+         "race_top:std::function<void ()>::function\n"
          "race_top:std::_Function_\n"
          "race_top:std::__atomic_base\n";
 }
