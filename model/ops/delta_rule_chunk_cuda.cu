@@ -42,17 +42,16 @@
 // chunk, so 32 chunks take 51 us at 1.75 GHz; the chain alone (one consumer: 64 x 64 x (2 K + 64 2)) 640
 // cycles and its latencies.
 //
-// Measured, when one producer still copied and made T and P for two consumers, and one made all T for one (24
-// November 2026, one H200, CUDA graph of one call, us, float32 out / bfloat16 out; 16 heads of 128 unless
-// said):
+// Measured (24 November 2026, one H200, CUDA graph of one call, us, float32 out / bfloat16 out; 16 heads of 128
+// unless said; delta_rule_cuda_bench):
 //
-//   8 rows of 2048     151 / 142      32 rows of 512             168 / 158     1 row of 512     28 / 27
-//   1 row of 8192      306 / 291      64 rows of 64               84 / 85      1 row of 2048    84 / 81
-//   1 row of 32768    1198 / 1134     32 ragged rows, 8913       157 / 149
-//   8 rows of 4096, 32 heads of 64                               280 / 260
+//   8 rows of 2048     145 / 129      32 rows of 512             158 / 143     1 row of 512     26 / 26
+//   1 row of 8192      307 / 292      64 rows of 64               88 / 84      1 row of 2048    83 / 78
+//   1 row of 32768    1188 / 1136     32 ragged rows, 8913       155 / 145
+//   8 rows of 4096, 32 heads of 64                               280 / 254
 //
-// Producers were then what everything waited for: a chunk's T took some 4300 cycles, its copies as many where
-// all multiprocessors copied, and a consumer 2800 or less. Token by token, 8 rows of 2048 take 2505.
+// Token by token, 8 rows of 2048 take 2505. With one producer that both copied and made T and P, many rows took 151
+// / 142; with one warpgroup making all T, few rows took as long as now: what bounds those is not yet known.
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
