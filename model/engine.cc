@@ -361,7 +361,7 @@ class Engine final : public Model {
       if (row.feed_sampled) {
         s.host.ids[first] = kSampledId;
       } else if (description_.takes_tokens) {
-        std::memcpy(s.host.ids + first, row.input, real * sizeof(int64_t));
+        if (real > 0) std::memcpy(s.host.ids + first, row.input, real * sizeof(int64_t));
         std::fill_n(s.host.ids + first + real, row.tokens - real, int64_t{0});
       } else {
         ConvertElements(row.input, row.input_dtype, s.host.x + first * d, DType::kFloat32, real * d);
