@@ -14,6 +14,7 @@
 #include "absl/strings/str_cat.h"
 #include "model/base/checkpoint.h"
 #include "model/base/config.h"
+#include "model/base/round_up.h"
 #include "model/base/status_macros.h"
 #include "model/device.h"
 #include "model/model.h"
@@ -34,8 +35,7 @@ namespace deltanet {
 namespace {
 
 constexpr int64_t kAlignment = 16;  // Floats of a slot's parts.
-
-int64_t RoundUp(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+static_assert(kMaxTop == kMaxTopTokens, "as many as a row may want, a readout gives");
 
 // A model over tokens without look-ahead can score and generate.
 bool Generates(const ModelConfig& config) {
@@ -339,10 +339,9 @@ class Engine final : public Model {
     RETURN_IF_ERROR(Validate(rows));
     s.step_rows.assign(rows.begin(), rows.end());
     s.tokens = s.outputs = s.reads = 0;
-    for (const StepRow& row : rows) s.tokens += row.tokens;
-    const int64_t carried_at = s.tokens;  // Of row 0, in x.
-    s.tokens = 0;
     s.wants_top = false;
+    int64_t carried_at = 0;  // Of row 0, in x: behind all tokens.
+    for (const StepRow& row : rows) carried_at += row.tokens;
     s.host.offsets[0] = 0;
     const int64_t d = weights_.config.d_model;
     for (size_t r = 0; r < rows.size(); ++r) {

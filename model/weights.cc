@@ -11,6 +11,7 @@
 #include "absl/strings/string_view.h"
 #include "model/base/check.h"
 #include "model/base/mutex.h"
+#include "model/base/round_up.h"
 #include "model/base/status_macros.h"
 #include "model/ops/gemm.h"
 #include "model/torch_parallel.h"
@@ -33,8 +34,6 @@ QkActivation QkActivationOf(absl::string_view name) {
   DELTANET_CHECK(name == "silu", "ParseModelConfig lets no other pass");
   return QkActivation::kSilu;
 }
-
-int64_t RoundUp(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Elements that a thread reads and converts at a time.
 constexpr int64_t kReadElements = int64_t{1} << 16;

@@ -12,6 +12,7 @@
 #include "absl/types/span.h"
 #include "model/base/check.h"
 #include "model/base/json_handler.h"
+#include "model/base/round_up.h"
 #include "model/base/small_file.h"
 #include "model/base/status_macros.h"
 
@@ -481,12 +482,11 @@ absl::Status ParseIntermediateSize(const Values& values, ModelConfig* config) {
     ratio = *number;
   }
   const double hidden = static_cast<double>(config->d_model) * ratio * 2 / 3;
-  constexpr int64_t kMultiple = 256;
   if (!(hidden >= 1 && hidden <= static_cast<double>(kMaxSize))) {
     return absl::InvalidArgumentError(absl::StrCat("'", kHiddenRatio, "' is ", ratio, ", which makes ",
                                                    hidden, " hidden units, want from 1 to ", kMaxSize));
   }
-  config->ff_hidden_dim = (static_cast<int64_t>(hidden) + kMultiple - 1) / kMultiple * kMultiple;
+  config->ff_hidden_dim = RoundUp(static_cast<int64_t>(hidden), 256);
   return absl::OkStatus();
 }
 
