@@ -346,9 +346,8 @@ TEST_P(GenerationTest, CancellingInTheMiddleFreesTheSlotWithinAStep) {
   EXPECT_EQ(call->result.generated_tokens, static_cast<int64_t>(call->tokens.size()));
   ExpectAtRest(1);
   // The session is where it was.
-  auto work = NewWork(call.get());
   const auto next = std::make_unique<TokenCall>();
-  work = NewWork(next.get());
+  std::unique_ptr<Work> work = NewWork(next.get());
   work->expected_position = 3;
   work->generation = std::make_unique<Generation>();
   work->generation->max_tokens = 2;

@@ -117,15 +117,7 @@ TEST_F(CudaReadoutTest, RowsThatAreNotFiniteSaySoAndStayInRange) {
 TEST_F(CudaReadoutTest, ARowDependsNeitherOnItsNeighboursNorOnItsPlaceNorOnTime) {
   constexpr int64_t kIds = 5000, kRows = 600;
   const auto add = [](ReadoutProblem* problem, int64_t which) {
-    problem->Add(Logits(kLogitKinds[which % 5], kIds, static_cast<uint32_t>(which)),
-                 {.target = which % 7 == 0 ? 5 : -1,
-                  .top = which % 4 == 0 ? 64 : 0,
-                  .sample = 1,
-                  .temperature = which % 3 == 0 ? 0.0f : 0.9f,
-                  .top_k = which % 5 == 0 ? 30 : 0,
-                  .top_p = which % 2 == 0 ? 0.8f : 1.0f,
-                  .seed = static_cast<uint64_t>(which),
-                  .counter = which});
+    AddOfAllKinds(which, kIds, 64, problem);
   };
   ReadoutProblem forwards(kIds), again(kIds), backwards(kIds, 5);
   for (int64_t m = 0; m < kRows; ++m) {

@@ -349,6 +349,19 @@ inline ReadoutProblem NonFiniteRows(int64_t W) {
   return problem;
 }
 
+// Row number `which` of a series in which all kinds of logits and requests come up; every fourth wants `top`.
+inline void AddOfAllKinds(int64_t which, int64_t W, int32_t top, ReadoutProblem* problem) {
+  problem->Add(Logits(kLogitKinds[which % 5], W, static_cast<uint32_t>(which)),
+               {.target = which % 7 == 0 ? 5 : -1,
+                .top = which % 4 == 0 ? top : 0,
+                .sample = 1,
+                .temperature = which % 3 == 0 ? 0.0f : 0.9f,
+                .top_k = which % 5 == 0 ? 30 : 0,
+                .top_p = which % 2 == 0 ? 0.8f : 1.0f,
+                .seed = static_cast<uint64_t>(which),
+                .counter = which});
+}
+
 }  // namespace deltanet
 
 #endif  // DELTANET_TESTS_MODEL_OPS_READOUT_PROBLEM_H_

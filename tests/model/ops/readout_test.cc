@@ -235,15 +235,7 @@ TEST_P(ReadoutTest, LimitsOfSamplingAreGreedy) {
 TEST_P(ReadoutTest, ARowDependsNeitherOnItsNeighboursNorOnItsPlace) {
   constexpr int64_t kIds = 1500, kRows = 40;
   const auto add = [](ReadoutProblem* problem, int64_t which) {
-    problem->Add(Logits(kLogitKinds[which % 5], kIds, static_cast<uint32_t>(which)),
-                 {.target = which % 7 == 0 ? 5 : -1,
-                  .top = which % 4 == 0 ? 10 : 0,
-                  .sample = 1,
-                  .temperature = which % 3 == 0 ? 0.0f : 0.9f,
-                  .top_k = which % 5 == 0 ? 30 : 0,
-                  .top_p = which % 2 == 0 ? 0.8f : 1.0f,
-                  .seed = static_cast<uint64_t>(which),
-                  .counter = which});
+    AddOfAllKinds(which, kIds, 10, problem);
   };
   ReadoutProblem together(kIds), reversed(kIds, 5);
   for (int64_t m = 0; m < kRows; ++m) {

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <iterator>
+#include <limits>
 #include <random>
 #include <string>
 #include <vector>
@@ -310,6 +311,27 @@ inline void ForEachShortConvMixer(absl::FunctionRef<void(const ShortConvMixer&)>
         mixer.taps = ++chosen % 5 == 0 ? 0 : 4;
         run(mixer);
       }
+    }
+  }
+}
+
+// What one head of two channels makes, without a convolution, of keys (a, b) that are zero, extreme or NaN:
+// `run(activation, norm, a, b)` gives its two values.
+inline void ExpectZeroKeysAndExtremes(
+    absl::FunctionRef<std::vector<float>(QkActivation, QkNorm, float, float)> run) {
+  const float inf = std::numeric_limits<float>::infinity();
+  using Two = std::vector<float>;
+  EXPECT_EQ(run(QkActivation::kRelu, QkNorm::kL2, -1, -2), (Two{0, 0}));
+  EXPECT_EQ(run(QkActivation::kSilu, QkNorm::kL2, 0, 0), (Two{0, 0}));
+  EXPECT_EQ(run(QkActivation::kEluPlusOne, QkNorm::kSum, -1e4f, 0), (Two{0, 1}));
+  EXPECT_EQ(run(QkActivation::kEluPlusOne, QkNorm::kSum, -inf, 2), (Two{0, 1}));
+  EXPECT_EQ(run(QkActivation::kEluPlusOne, QkNorm::kSum, 100, 100), (Two{0.5f, 0.5f}));
+  EXPECT_EQ(run(QkActivation::kIdentity, QkNorm::kSum, 3, -2), (Two{3, -2}));
+  for (const QkActivation activation :
+       {QkActivation::kSilu, QkActivation::kRelu, QkActivation::kEluPlusOne, QkActivation::kIdentity}) {
+    for (const QkNorm norm : {QkNorm::kL2, QkNorm::kSum}) {
+      const Two got = run(activation, norm, 1, kNaN);
+      EXPECT_TRUE(std::isnan(got[0]) && std::isnan(got[1])) << static_cast<int>(activation);
     }
   }
 }
