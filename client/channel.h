@@ -12,7 +12,7 @@
 
 namespace deltanet {
 
-// A channel with a TCP connection of its own, made when first needed. Errors as Client::Connect.
+// A channel with a TCP connection of its own. Blocks and errors as Client::Connect.
 absl::StatusOr<std::shared_ptr<grpc::Channel>> MakeChannel(const std::string& target,
                                                            const ClientOptions& options);
 

@@ -2,6 +2,7 @@
 
 #include <grpcpp/grpcpp.h>
 
+#include <chrono>
 #include <fstream>
 #include <iterator>
 #include <limits>
@@ -56,6 +57,12 @@ absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> MakeCredentials(
 TensorView IdsView(const std::vector<int64_t>& ids) {
   return {ids.data(), {static_cast<int64_t>(ids.size())}, DType::kInt64, Device{}};
 }
+
+// Debian's gRPC (1.51) reads connect's errno after other calls, which may have changed it: now and then it takes
+// a connection on its way for a refused one. So a channel gets time for a second try before its first call,
+// which the first try's failure would end.
+constexpr std::chrono::milliseconds kSecondTry{100};
+constexpr std::chrono::seconds kConnecting{1};
 
 }  // namespace
 
@@ -223,8 +230,12 @@ absl::StatusOr<std::shared_ptr<grpc::Channel>> MakeChannel(const std::string& ta
   arguments.SetUserAgentPrefix(absl::StrCat("deltanet-client/", ClientVersion()));
   // Otherwise gRPC gives all channels of a process to one server the same connection.
   arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+  arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, static_cast<int>(kSecondTry.count()));
   ASSIGN_OR_RETURN(const auto credentials, MakeCredentials(options.tls));
-  return grpc::CreateCustomChannel(target, credentials, arguments);
+  std::shared_ptr<grpc::Channel> channel = grpc::CreateCustomChannel(target, credentials, arguments);
+  // If it is in vain, the calls say why.
+  channel->WaitForConnected(std::chrono::system_clock::now() + kConnecting);
+  return channel;
 }
 
 absl::StatusOr<Client> Client::Connect(const std::string& target, const ClientOptions& options) {

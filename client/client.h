@@ -308,9 +308,10 @@ enum class HealthStatus { kUnknown, kServing, kNotServing };
 // only be destroyed.
 class Client {
  public:
-  // `target` as gRPC names servers: "host:port", "unix:/path". Nothing is sent yet: a server
-  // that is not there is UNAVAILABLE in the first call, and one that comes back is found again. Each Client
-  // has its own TCP connection. INVALID_ARGUMENT for an empty target or options out of range.
+  // `target` as gRPC names servers: "host:port", "unix:/path". Blocks until there is a connection, for a
+  // second at most; without one all the same: a server that is not there is UNAVAILABLE in the first call, and
+  // one that comes back is found again. Each Client has its own TCP connection. INVALID_ARGUMENT for an empty
+  // target or options out of range.
   static absl::StatusOr<Client> Connect(const std::string& target, const ClientOptions& options);
 
   Client(Client&& other) noexcept;
