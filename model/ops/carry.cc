@@ -34,7 +34,7 @@ absl::Status Carry(const RaggedRows& rows, const CarryArgs& args, const OpContex
       }
       const bool empty = rows.offsets[r + 1] == rows.offsets[r];
       const float* const last = empty ? before : args.x + (rows.offsets[r + 1] - int64_t{1}) * d;
-      std::memcpy(args.carried.at(rows.work_slot[r]), last, bytes);
+      if (rows.work_slot[r] >= 0) std::memcpy(args.carried.at(rows.work_slot[r]), last, bytes);
     }
   });
   return absl::OkStatus();

@@ -97,9 +97,11 @@ absl::Status GatherTaps(const RaggedRows& rows, const GatherTapsArgs& args, cons
       };
       if (begin <= unit) {
         for (int64_t i = -kTail; i < 0; ++i) scatter(i, raw(i));
-        float* const new_tail = args.tail.at(rows.work_slot[r]);
-        // Ascending: with one slot for both, and one token, the newer input moves to where the older was.
-        for (int64_t i = 0; i < kTail; ++i) scatter.Keep(raw(tokens - kTail + i), new_tail + i * d);
+        if (rows.work_slot[r] >= 0) {
+          float* const new_tail = args.tail.at(rows.work_slot[r]);
+          // Ascending: with one slot for both, and one token, the newer input moves to where the older was.
+          for (int64_t i = 0; i < kTail; ++i) scatter.Keep(raw(tokens - kTail + i), new_tail + i * d);
+        }
       }
       const int64_t last = std::min(tokens, end - unit - 1);
       for (int64_t i = std::max<int64_t>(0, begin - unit - 1); i < last; ++i) scatter(i, raw(i));

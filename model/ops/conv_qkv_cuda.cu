@@ -57,6 +57,7 @@ __global__ void GatherTapsKernel(RaggedRows rows, GatherTapsArgs args) {
 // A block is a row. Every thread reads its elements of both inputs before it writes, so base may be work.
 __global__ void TailKernel(RaggedRows rows, GatherTapsArgs args) {
   const int row = blockIdx.x;
+  if (rows.work_slot[row] < 0) return;
   const int64_t d = args.width;
   const int64_t last = static_cast<int64_t>(rows.offsets[row + 1]) - 1;  // Before the row, if that is empty.
   const float* older = InputAt(rows, args, row, last, 1);

@@ -104,6 +104,7 @@ absl::Status DeltaRule(const RaggedRows& rows, const DeltaRuleArgs& args, const 
     for (int64_t r = RowOfUnit(rows, begin / parts); r < rows.rows; ++r) {
       const int64_t row_begin = FirstUnit(rows, r) * parts;
       if (row_begin >= end) break;
+      if (rows.work_slot[r] < 0) continue;
       const int64_t start = rows.offsets[r];
       const int64_t tokens = rows.offsets[r + 1] - start;
       const int64_t walks = tokens + 1;

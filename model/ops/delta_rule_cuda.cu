@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads)
   float* tile_b = tile_v + kTile * kColumns;  // [kTile]
   const int row = blockIdx.z, head = blockIdx.y;
   const int64_t begin = rows.offsets[row], end = rows.offsets[row + 1];
-  if (end - begin > most) return;
+  if (end - begin > most || rows.work_slot[row] < 0) return;
   const int first_column = blockIdx.x * kColumns;
   const int lane = threadIdx.x % kLanes;
   const int column = first_column + threadIdx.x / kLanes;

@@ -21,7 +21,7 @@ void SetDeltaRuleCudaPathForTesting(DeltaRuleCudaPath path);
 // Whether the chunk kernel can do this work on the current device.
 bool DeltaRuleChunkCudaTakes(const DeltaRuleArgs& args);
 
-// Runs the rows of more than kDeltaRuleFewTokens tokens and leaves the others alone. Wants
+// Runs the rows of more than kDeltaRuleFewTokens tokens and leaves the others (padding too) alone. Wants
 // DeltaRuleChunkCudaTakes(args). INTERNAL if a launch fails.
 absl::Status DeltaRuleChunkCuda(const RaggedRows& rows, const DeltaRuleArgs& args, void* stream);
 

@@ -53,6 +53,7 @@ __global__ void CarryKernel(RaggedRows rows, CarryArgs args) {
   const int64_t r = index / args.width, i = index % args.width;
   const float before = rows.fresh[r] != 0 ? 0.0f : args.carried.at(rows.base_slot[r])[i];
   args.x[rows.tokens * args.width + index] = before;
+  if (rows.work_slot[r] < 0) return;
   const int64_t end = rows.offsets[r + 1];
   args.carried.at(rows.work_slot[r])[i] = end > rows.offsets[r] ? args.x[(end - 1) * args.width + i] : before;
 }

@@ -7,6 +7,10 @@
 // works, at time t, on the input of position t - l*a ("lag"); a position is valid if 0 <= position < end[r].
 // Invalid positions enter a convolution as zero (after the linear layer, so without its bias) and have beta =
 // 0.
+//
+// A row whose work slot is -1 is padding, so that a step has the number of rows that it is wanted to have: it is
+// fresh and has one token, of which any input is computed with, but it reads and writes no slot, and what it is
+// given as an output means nothing (and may not have been written).
 #ifndef DELTANET_MODEL_OPS_ROWS_H_
 #define DELTANET_MODEL_OPS_ROWS_H_
 
@@ -26,7 +30,7 @@ struct RaggedRows {
   const int32_t* offsets = nullptr;    // [R+1], offsets[0] == 0, not decreasing: a row may be empty.
   const int32_t* token_row = nullptr;  // [N] The row of each token. Read on CUDA only.
   const int32_t* base_slot = nullptr;  // [R] State read; ignored where fresh.
-  const int32_t* work_slot = nullptr;  // [R] State written; may equal base_slot; no two rows share one.
+  const int32_t* work_slot = nullptr;  // [R] State written; may equal base_slot; no two rows share one. -1: padding.
   const uint8_t* fresh = nullptr;      // [R] 1: the row starts from zero state and reads no slot.
   const int64_t* position = nullptr;   // [R] Time of the row's first token.
   const int64_t* end = nullptr;        // [R] Length of the sequence, or INT64_MAX while unknown.

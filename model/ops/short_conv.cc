@@ -98,6 +98,7 @@ void RunTokens(const RaggedRows& rows, const ShortConvQkvArgs& args, int64_t r, 
 
 // The last taps - 1 inputs of row r, which may be some of those before it.
 void KeepTail(const RaggedRows& rows, const ShortConvQkvArgs& args, int64_t r) {
+  if (rows.work_slot[r] < 0) return;
   const int64_t qkv = args.heads * (2 * args.key_dim + args.value_dim), kept = args.taps - 1;
   const int64_t bytes = qkv * static_cast<int64_t>(sizeof(float));
   const int64_t start = rows.offsets[r], tokens = rows.offsets[r + 1] - start;

@@ -131,6 +131,7 @@ __global__ void ShortConvTailKernel(RaggedRows rows, ShortConvQkvArgs args) {
   const int64_t width = QkvWidth(args);
   if (index >= rows.rows * width) return;
   const int row = static_cast<int>(index / width);
+  if (rows.work_slot[row] < 0) return;
   const int64_t c = index % width;
   const int64_t kept = args.taps - 1;
   const int64_t from = rows.offsets[row + 1] - rows.offsets[row] - kept;

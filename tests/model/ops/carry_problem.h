@@ -12,7 +12,7 @@
 
 namespace deltanet {
 
-// Rows with and without tokens, fresh or not, in one slot or from one to another.
+// Rows with and without tokens, fresh or not, in one slot or from one to another, and padding among them.
 struct CarryProblem {
   static constexpr int64_t kSlots = 9, kOffset = 2;
 
@@ -23,6 +23,7 @@ struct CarryProblem {
     ragged.Add(1, -1, 3, true);
     ragged.Add(0, -1, 4, true);
     ragged.Add(2, 5, 5);
+    ragged.Add(1, -1, -1, true);  // Padding.
     ragged.Add(0, 6, 7);
     const std::vector<float> slots = RandomNormal(pool.size(), 70);
     std::copy(slots.begin(), slots.end(), pool.data());
@@ -45,6 +46,10 @@ struct CarryProblem {
     std::vector<float> want_x = x_before, want_pool = pool_before;
     const int64_t N = ragged.offsets.back();
     for (int64_t r = 0; r < ragged.rows().rows; ++r) {
+      if (ragged.work_slot[r] < 0) {
+        std::copy_n(x.data() + (N + r) * width, width, want_x.begin() + (N + r) * width);
+        continue;
+      }
       std::vector<float> before(width, 0.0f);
       if (!ragged.fresh[r]) {
         std::copy_n(pool_before.begin() + ragged.base_slot[r] * slot_stride + kOffset, width, before.begin());

@@ -62,8 +62,8 @@ struct TapStep {
   GatherTapsArgs args;  // Points to the above.
 };
 
-// Feeds all sequences in steps whose rows have random numbers of tokens (some none), in random order, each
-// run by `gather`, and checks every centre and tail. Every tap goes to `check`. Work slots change now and
+// Feeds all sequences in steps whose rows have random numbers of tokens (some none), in random order, with
+// padding behind them, each run by `gather`, and checks every centre and tail. Every tap goes to `check`. Work slots change now and
 // then, so that base and work differ.
 inline void StreamTaps(
     const std::vector<TapSequence>& sequences, const float* norm_scale, bool with_centre, uint32_t seed,
@@ -97,6 +97,8 @@ inline void StreamTaps(
       const auto from = sequences[s].x.begin() + done[s] * d;
       x.insert(x.end(), from, from + tokens * d);
     }
+    ragged.Add(1, -1, -1, true);
+    x.insert(x.end(), d, 1.0f);
     const int64_t N = ragged.offsets.back();
     TapStep step{ragged, x, &pool, Guarded(N * 3 * d), Guarded(N * d), {}};
     step.args = {.width = d,

@@ -175,6 +175,12 @@ TEST_P(CudaDeltaRuleTest, OnlySlotsOfTheRowsAreWritten) {
   });
 }
 
+TEST_P(CudaDeltaRuleTest, PaddingTouchesNothing) {
+  ForEach([&](const DeltaRuleSizes& sizes, bool aligned) {
+    CheckPadding(sizes, aligned, [&](DeltaRuleProblem* problem) { Run(problem, aligned); });
+  });
+}
+
 TEST_P(CudaDeltaRuleTest, NonFiniteStateIsToldOfItsOwnRowOnly) {
   ForEach([&](const DeltaRuleSizes& sizes, bool aligned) {
     Ragged ragged;

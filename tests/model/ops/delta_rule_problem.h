@@ -199,6 +199,35 @@ inline Ragged SevenRows() {
   return ragged;
 }
 
+// Runs rows of one token of which every other is padding: to the other rows and to every slot it is as if they
+// were not there.
+inline void CheckPadding(const DeltaRuleSizes& sizes, bool aligned,
+                         absl::FunctionRef<void(DeltaRuleProblem*)> run) {
+  constexpr int32_t kRows = 7;
+  Ragged all, padded;
+  for (int32_t r = 0; r < kRows; ++r) {
+    all.Add(1, r, r);
+    if (r % 2 == 0) {
+      padded.Add(1, r, r);
+    } else {
+      padded.Add(1, -1, -1, true);
+    }
+  }
+  DeltaRuleProblem want(sizes, all, kRows, 33, aligned), got(sizes, padded, kRows, 33, aligned);
+  DeltaRuleProblem before(sizes, all, kRows, 33, aligned);
+  got.v(1, 0)[0] = kNaN;
+  run(&want);
+  run(&got);
+  for (int32_t r = 0; r < kRows; ++r) {
+    DeltaRuleProblem& same = r % 2 == 0 ? want : before;
+    EXPECT_TRUE(SameBits(got.slot(r), same.slot(r), got.slot_stride())) << "slot " << r;
+    if (r % 2 == 0) {
+      EXPECT_TRUE(SameBits(got.out(r), want.out(r), got.OutWidth())) << "row " << r;
+    }
+  }
+  EXPECT_EQ(got.nonfinite(), std::vector<int32_t>(kRows, 0));
+}
+
 // Ways to cut a row of `tokens` tokens into pieces.
 inline std::vector<std::vector<int64_t>> Splits(int64_t tokens) {
   std::vector<std::vector<int64_t>> splits = {{tokens}, std::vector<int64_t>(tokens, 1)};

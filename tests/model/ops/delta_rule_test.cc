@@ -145,6 +145,10 @@ TEST_P(DeltaRuleShapeTest, OnlySlotsOfTheRowsAreWritten) {
   EXPECT_TRUE(SameBits(problem.slot(5), before.slot(4), before.StateSize()));
 }
 
+TEST_P(DeltaRuleShapeTest, PaddingTouchesNothing) {
+  CheckPadding(sizes(), /*aligned=*/false, [](DeltaRuleProblem* problem) { problem->Run(ThreadedContext()); });
+}
+
 TEST_P(DeltaRuleShapeTest, NonFiniteStateIsToldOfItsOwnRowOnly) {
   Ragged ragged;
   for (int32_t r = 0; r < 5; ++r) ragged.Add(r == 3 ? 0 : 4, r, r + 5);

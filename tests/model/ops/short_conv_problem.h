@@ -188,6 +188,7 @@ struct ShortConvStep {
     // The slots, as they were but for the work slots' tails.
     std::vector<float> pool_after = pool.with_guards();
     for (const int32_t slot : ragged.work_slot) {
+      if (slot < 0) continue;
       const int64_t tail = Guarded::kGuard + slot * problem->slot_stride() + 2;
       std::copy_n(pool_before.begin() + tail, problem->kept() * m.qkv(), pool_after.begin() + tail);
     }
@@ -209,8 +210,8 @@ struct ShortConvStep {
 };
 
 // Runs all sequences at once, each as one fresh row, and holds every output to the bound; then again in steps
-// whose rows have random numbers of tokens (some none), in random order, which gives the same bits. Work
-// slots change now and then, so that base and work differ.
+// whose rows have random numbers of tokens (some none), in random order, with padding behind them, which gives
+// the same bits. Work slots change now and then, so that base and work differ.
 inline void CheckShortConv(const ShortConvProblem& problem, absl::FunctionRef<void(ShortConvStep*)> run) {
   const ShortConvMixer& m = problem.mixer;
   const int64_t count = static_cast<int64_t>(problem.lengths.size());
@@ -270,6 +271,7 @@ inline void CheckShortConv(const ShortConvProblem& problem, absl::FunctionRef<vo
       slot[s] = base < 0 ? static_cast<int32_t>(2 * s) : base ^ static_cast<int32_t>(generator() % 2);
       step.Add(s, begin[s], done[s], base, slot[s], base < 0);
     }
+    for (int i = 0; i < 2; ++i) step.Add(count - 1, i, i + 1, -1, -1, /*fresh=*/true);  // Padding.
     ASSERT_NO_FATAL_FAILURE(step.Run(run));
     for (int64_t r = 0; r < count; ++r) {
       const int64_t s = order[r];
