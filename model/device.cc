@@ -4,7 +4,9 @@
 #include <c10/core/CPUAllocator.h>
 
 #include <cstring>
+#include <map>
 #include <optional>
+#include <tuple>
 #include <utility>
 
 #include "absl/status/statusor.h"
@@ -31,6 +33,13 @@ at::Tensor Bytes(int64_t bytes, const at::TensorOptions& options) {
 #ifdef DELTANET_CUDA
 c10::Device TorchDevice(const Device& device) {
   return {c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device.index)};
+}
+
+// That LibTorch's allocator has made so far on the stream's device.
+int64_t Allocations(const c10::cuda::CUDAStream& stream) {
+  return c10::cuda::CUDACachingAllocator::getDeviceStats(stream.device_index())
+      .allocation[static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE)]
+      .allocated;
 }
 #endif
 
@@ -144,6 +153,12 @@ DeviceBuffer::~DeviceBuffer() = default;
 struct DeviceEvent::Handle {
   at::cuda::CUDAEvent event{cudaEventDisableTiming};
 };
+struct DeviceGraph::Handle {
+  ~Handle() {
+    if (executable != nullptr) C10_CUDA_ERROR_HANDLED(cudaGraphExecDestroy(executable));
+  }
+  cudaGraphExec_t executable = nullptr;
+};
 struct DeviceStream::Handle {
   c10::cuda::CUDAStream stream;
 };
@@ -158,10 +173,17 @@ void DeviceEvent::Synchronize() {
   if (handle_ != nullptr) handle_->event.synchronize();
 }
 
+bool DeviceGraph::Supported(const Device& device) { return device.type == DeviceType::kCuda; }
+
+// A stream of its own: LibTorch hands those of its pool out in turn, to several at a time, and what it keeps for a
+// stream (see the destructor) could not be told from another's.
 DeviceStream::DeviceStream(const Device& device) {
   if (device.type == DeviceType::kCuda) {
+    const c10::cuda::CUDAGuard guard(TorchDevice(device));
+    cudaStream_t stream = nullptr;
+    C10_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
     handle_ = std::make_unique<Handle>(
-        Handle{c10::cuda::getStreamFromPool(/*isHighPriority=*/false, TorchDevice(device).index())});
+        Handle{c10::cuda::getStreamFromExternal(stream, TorchDevice(device).index())});
   }
 }
 void* DeviceStream::handle() const { return handle_ != nullptr ? handle_->stream.stream() : nullptr; }
@@ -182,6 +204,39 @@ void DeviceStream::Await(const DeviceEvent& event) {
 void DeviceStream::Synchronize() {
   if (handle_ != nullptr) handle_->stream.synchronize();
 }
+absl::StatusOr<DeviceGraph> DeviceStream::Capture(absl::FunctionRef<absl::Status()> work) {
+  DELTANET_CHECK(handle_ != nullptr, "DeviceGraph::Supported comes first");
+  const cudaStream_t stream = handle_->stream.stream();
+  const int64_t allocations_before = Allocations(handle_->stream);
+  // Other threads may use the device as they like meanwhile.
+  C10_CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  const absl::Status status = CatchTorch("capturing", [&] { return work(); });
+  cudaGraph_t captured = nullptr;
+  const cudaError_t ended = cudaStreamEndCapture(stream, &captured);
+  DeviceGraph graph;
+  graph.handle_ = std::make_unique<DeviceGraph::Handle>();
+  cudaError_t instantiated = cudaSuccess;
+  if (captured != nullptr) {
+    instantiated = cudaGraphInstantiate(&graph.handle_->executable, captured, 0);
+    C10_CUDA_ERROR_HANDLED(cudaGraphDestroy(captured));
+  }
+  if (!status.ok()) {
+    cudaGetLastError();  // What there is to say of the capture follows from that.
+    return status;
+  }
+  C10_CUDA_CHECK(ended);
+  C10_CUDA_CHECK(instantiated);
+  // Memory that was given back by now is somebody else's when the graph runs.
+  if (const int64_t allocations = Allocations(handle_->stream) - allocations_before; allocations > 0) {
+    return absl::InternalError(absl::StrCat("capturing made ", allocations, " allocations, want none"));
+  }
+  // Not at the first launch.
+  C10_CUDA_CHECK(cudaGraphUpload(graph.handle_->executable, stream));
+  return graph;
+}
+void DeviceStream::Launch(const DeviceGraph& graph) {
+  C10_CUDA_CHECK(cudaGraphLaunch(graph.handle_->executable, handle_->stream.stream()));
+}
 DeviceStream::Current::Current(const DeviceStream& stream) {
   if (stream.handle_ != nullptr) {
     guard_ = std::make_unique<Guard>(stream.handle_->stream);
@@ -191,11 +246,13 @@ DeviceStream::Current::Current(const DeviceStream& stream) {
 #else
 
 struct DeviceEvent::Handle {};
+struct DeviceGraph::Handle {};
 struct DeviceStream::Handle {};
 struct DeviceStream::Current::Guard {};
 
 DeviceEvent::DeviceEvent(const Device&) {}
 void DeviceEvent::Synchronize() {}
+bool DeviceGraph::Supported(const Device&) { return false; }
 DeviceStream::DeviceStream(const Device&) {}
 void* DeviceStream::handle() const { return nullptr; }
 void DeviceStream::Copy(void* to, const void* from, int64_t bytes) {
@@ -204,17 +261,34 @@ void DeviceStream::Copy(void* to, const void* from, int64_t bytes) {
 void DeviceStream::Record(DeviceEvent*) {}
 void DeviceStream::Await(const DeviceEvent&) {}
 void DeviceStream::Synchronize() {}
+absl::StatusOr<DeviceGraph> DeviceStream::Capture(absl::FunctionRef<absl::Status()>) {
+  DELTANET_CHECK(false, "DeviceGraph::Supported comes first");
+  return DeviceGraph();
+}
+void DeviceStream::Launch(const DeviceGraph&) {}
 DeviceStream::Current::Current(const DeviceStream&) {}
 
 #endif
 
 DeviceEvent::~DeviceEvent() = default;
 DeviceEvent::DeviceEvent(DeviceEvent&&) noexcept = default;
+DeviceGraph::DeviceGraph() = default;
+DeviceGraph::DeviceGraph(DeviceGraph&&) noexcept = default;
+DeviceGraph& DeviceGraph::operator=(DeviceGraph&&) noexcept = default;
+DeviceGraph::~DeviceGraph() = default;
 DeviceStream::~DeviceStream() {
 #ifdef DELTANET_CUDA
-  // For each stream on which a product ran, LibTorch would keep a workspace of cuBLAS's (some 32 MiB) for
-  // ever.
-  if (handle_ != nullptr) at::cuda::clearCublasWorkspaces();
+  if (handle_ == nullptr) return;
+  const cudaStream_t stream = handle_->stream.stream();
+  C10_CUDA_ERROR_HANDLED(cudaStreamSynchronize(stream));
+  // For each stream on which a product ran, LibTorch would keep a workspace of cuBLAS's (some 32 MiB) for ever.
+  // Those of other streams stay: graphs captured there go on using them.
+  for (auto* workspaces :
+       {&at::cuda::cublas_handle_stream_to_workspace(), &at::cuda::cublaslt_handle_stream_to_workspace()}) {
+    const std::unique_lock lock(workspaces->mutex);  // Both are LibTorch's.
+    std::erase_if(workspaces->map, [&](const auto& entry) { return std::get<1>(entry.first) == stream; });
+  }
+  C10_CUDA_ERROR_HANDLED(cudaStreamDestroy(stream));
 #endif
 }
 DeviceStream::Current::~Current() = default;

@@ -7,7 +7,9 @@
 #include <cstdint>
 #include <memory>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "model/base/tensor_view.h"
 
 namespace deltanet {
@@ -65,7 +67,26 @@ class DeviceEvent {
   std::unique_ptr<Handle> handle_;  // Null on the CPU.
 };
 
-// An order of work on a device. Confined to one thread.
+// Work of a stream, captured once and then launched as one, any number of times. What it reads and writes stays
+// where it was when it was captured. Move-only; a default graph is empty.
+class DeviceGraph {
+ public:
+  DeviceGraph();
+  DeviceGraph(DeviceGraph&&) noexcept;
+  DeviceGraph& operator=(DeviceGraph&&) noexcept;
+  ~DeviceGraph();
+
+  // Whether streams of this device capture: CUDA's do, where work is long in coming; on the CPU it is done at
+  // once.
+  static bool Supported(const Device& device);
+
+ private:
+  friend class DeviceStream;
+  struct Handle;
+  std::unique_ptr<Handle> handle_;
+};
+
+// An order of work on a device. Confined to one thread. Its end waits for its work.
 class DeviceStream {
  public:
   explicit DeviceStream(const Device& device);
@@ -78,6 +99,12 @@ class DeviceStream {
   void Record(DeviceEvent* event);
   void Await(const DeviceEvent& event);  // What follows here runs after the event.
   void Synchronize();
+
+  // What `work` queues on this stream, which is not run now. `work` has been run here by this thread, so that all
+  // that is allocated, loaded or chosen on first use is there; it queues on no other stream, waits for nothing,
+  // allocates nothing and copies no pageable memory. Its error, if it has one. Wants DeviceGraph::Supported.
+  absl::StatusOr<DeviceGraph> Capture(absl::FunctionRef<absl::Status()> work);
+  void Launch(const DeviceGraph& graph);  // Not empty, captured from this stream.
 
   // Makes this stream the one that LibTorch's operators use on this thread, while it lives.
   class Current {

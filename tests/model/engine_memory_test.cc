@@ -1,6 +1,7 @@
 // What the engine holds on to: nothing, however many sessions come and go and whatever is refused.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstring>
 #include <deque>
 #include <fstream>
@@ -136,6 +137,74 @@ TEST_P(EngineMemoryTest, APoolBeyondTheMemoryIsRefusedAndTheNextLoadWorks) {
   EXPECT_GE(FreeDeviceBytes(GetParam().device), free_before);
   ASSERT_NO_FATAL_FAILURE(Load());
   RunSession(0);
+}
+
+// What products and graphs of another model have stays when one goes.
+TEST_P(EngineMemoryTest, AModelThatGoesTakesNothingFromAnother) {
+  ASSERT_NO_FATAL_FAILURE(Load());
+  const auto fed_alone = [&] {
+    const StepRow row = Row(1, 1);
+    const auto ticket = model_->Prepare({&row, 1});
+    ASSERT_TRUE(ticket.ok()) << ticket.status();
+    ASSERT_TRUE(model_->Launch(*ticket).ok());
+    ASSERT_TRUE(model_->Wait(*ticket).ok());
+  };
+  ASSERT_NO_FATAL_FAILURE(RunSession(0));
+  ASSERT_NO_FATAL_FAILURE(fed_alone());
+  const std::vector<float> want = output_;
+  {
+    auto other = LoadModel(directory_, options_);
+    ASSERT_TRUE(other.ok()) << other.status();
+  }
+  // Who wrote to what was given back would write here.
+  const DeviceBuffer others(GetParam().device, int64_t{100} << 20);
+  for (int i = 0; i < 4; ++i) {
+    ASSERT_NO_FATAL_FAILURE(RunSession(0));
+    std::fill(output_.begin(), output_.end(), 0.0f);
+    ASSERT_NO_FATAL_FAILURE(fed_alone());
+    EXPECT_EQ(std::memcmp(output_.data(), want.data(), kWidth * sizeof(float)), 0);
+  }
+}
+
+// A graph works on the memory that it was captured over, as it is when it is launched.
+TEST(DeviceGraph, ReplaysWhatWasCaptured) {
+  const Device cuda{DeviceType::kCuda, 0};
+  EXPECT_FALSE(DeviceGraph::Supported({DeviceType::kCpu, 0}));
+  if (!CheckDevice(cuda).ok()) GTEST_SKIP() << CheckDevice(cuda).message();
+  ASSERT_TRUE(DeviceGraph::Supported(cuda));
+  const DeviceBuffer from = DeviceBuffer::HostFor(cuda, 64), to = DeviceBuffer::HostFor(cuda, 64);
+  const DeviceBuffer on_device(cuda, 64);
+  DeviceStream stream(cuda);
+  const auto work = [&] {
+    stream.Copy(on_device.data(), from.data(), 64);
+    stream.Copy(to.data(), on_device.data(), 64);
+    return absl::OkStatus();
+  };
+  ASSERT_TRUE(work().ok());
+  stream.Synchronize();
+  std::memset(to.data(), 0, 64);
+  std::memset(from.data(), 1, 64);
+  auto graph = stream.Capture(work);
+  ASSERT_TRUE(graph.ok()) << graph.status();
+  stream.Synchronize();
+  EXPECT_EQ(to.data()[5], 0);
+  for (char value = 2; value < 5; ++value) {
+    std::memset(from.data(), value, 64);
+    stream.Launch(*graph);
+    stream.Synchronize();
+    EXPECT_EQ(to.data()[63], value);
+  }
+  // What fails leaves the stream as it was, and so does what allocates.
+  EXPECT_EQ(stream.Capture([&] { return absl::InternalError("no"); }).status(), absl::InternalError("no"));
+  EXPECT_FALSE(stream.Capture([&] {
+                       const DeviceBuffer buffer(cuda, 64);
+                       return work();
+                     })
+                   .ok());
+  std::memset(from.data(), 9, 64);
+  stream.Launch(*graph);
+  stream.Synchronize();
+  EXPECT_EQ(to.data()[0], 9);
 }
 
 TEST(DeviceMemory, OfADeviceThatHasItsOwn) {
