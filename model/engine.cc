@@ -4,9 +4,18 @@
 // d floats, the operators between them about 12 d; weights (10 d^2) are read once a step, a row's state (2 d
 // d/H) once a row. FLOPs a token and layer: 20 d^2 in products (6 f d more with a feed-forward of width f)
 // and 6 d d/H in the delta rule.
+//
+// A step with few tokens is bound by the host, which has some 300 launches to make. So where the device has graphs,
+// steps whose rows have one token each (generation, streams fed token by token) are launched as one: everything
+// between the input's copy and the outputs', sampling included, is captured when the model has been loaded, once for
+// each of a few numbers of rows, for outputs that are handed over and for such that are read out, and for each
+// staging, whose memory a graph has its data in. A step takes the next larger number, and the rows that it lacks
+// are padding (ops/rows.h), which reads and writes no slot. All other steps launch operator by operator.
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -145,6 +154,27 @@ struct Workspace {
   DeviceBuffer buffer;
 };
 
+// What the host knows of a step, which decides what is launched for it.
+struct StepShape {
+  int64_t rows = 0, tokens = 0;
+  int64_t shortest = 0, longest = 0;  // Tokens of a row.
+  int64_t outputs = 0;                // Handed over,
+  int64_t reads = 0;                  // and read out.
+};
+
+// Numbers of rows to which steps are padded: each at most twice, from 8 on at most one and a half times the one
+// before, so that there are few (14 up to 256).
+std::vector<int64_t> Buckets(const ModelOptions& options) {
+  const int64_t most = std::min(options.max_step_rows, options.max_step_tokens);
+  std::vector<int64_t> buckets;
+  for (int64_t power = 1; power < most; power *= 2) {
+    buckets.push_back(power);
+    if (power >= 8 && power + power / 2 < most) buckets.push_back(power + power / 2);
+  }
+  buckets.push_back(most);
+  return buckets;
+}
+
 // One step's own memory: what Prepare fills, on the host and, copied, on the device, and what Wait reads. On
 // the CPU the two sides are the same memory.
 struct Staging {
@@ -213,9 +243,9 @@ struct Staging {
     int64_t* position;   // [R]
     int64_t* end;        // [R]
     int32_t* token_row;  // [N]
-    int32_t* gather;     // [N'] Rows of x whose output is handed over, in order.
+    int32_t* gather;     // [N'] (outputs) Rows of x whose output is handed over, in order.
     int32_t* nonfinite;  // [R] Zero before the step.
-    int32_t* read_gather;      // [P] Rows of x that are read out, in order.
+    int32_t* read_gather;      // [P] (reads) Rows of x that are read out, in order.
     ReadoutRequest* requests;  // [P]
     float* output;             // [N', output_width]
     int32_t* read_ids;         // [P]
@@ -231,11 +261,15 @@ struct Staging {
   enum class State { kIdle, kPrepared, kLaunched };
   State state = State::kIdle;
   StepTicket ticket = 0;
+  // The step as it was asked for,
   std::vector<StepRow> step_rows;
-  int64_t tokens = 0;   // N
-  int64_t outputs = 0;  // N'
-  int64_t reads = 0;    // P
+  int64_t outputs = 0;
+  int64_t reads = 0;
   bool wants_top = false;
+  StepShape shape;  // and as it runs, with padding.
+  const DeviceGraph* graph = nullptr;  // That runs it; null: operator by operator.
+
+  std::map<std::pair<int64_t, int64_t>, DeviceGraph> graphs;  // By their shape's outputs and reads.
 };
 
 // Which outputs a row gives.
@@ -281,6 +315,8 @@ class Engine final : public Model {
     if (config.takes_tokens()) description_.max_step_logits = MaxLogits(weights_, options);
     description_.max_steps_in_flight = options.device.type == DeviceType::kCpu ? 1 : 2;
     for (int i = 0; i < description_.max_steps_in_flight; ++i) staging_.emplace_back(weights_, options);
+    captures_ = options.one_token_steps == OneTokenSteps::kGraphs && DeviceGraph::Supported(options.device);
+    if (captures_ || options.one_token_steps == OneTokenSteps::kPadded) buckets_ = Buckets(options);
   }
 
   // Runs the largest step over two slots of its own: what LibTorch and CUDA allocate, load or choose on first
@@ -328,6 +364,37 @@ class Engine final : public Model {
     description_.num_slots = num_slots;
   }
 
+  // Captures the graphs, if there are to be any: when the pool is there, for they point into it.
+  absl::Status CaptureGraphs() {
+    if (!captures_) return absl::OkStatus();
+    return Checked(CatchTorch("capturing a step", [&]() -> absl::Status {
+      SetTorchThreads(threads_);
+      const DeviceStream::Current current(compute_);
+      const int64_t free_before = FreeDeviceBytes(description_.device);
+      for (Staging& s : staging_) {
+        for (const int64_t bucket : buckets_) {
+          for (const bool reads : {false, true}) {
+            if (!CanPad(bucket, reads)) continue;
+            Clear(&s);
+            Pad(bucket, reads, &s);
+            CopyIn(&s);
+            compute_.Await(s.copied);
+            // On first use kernels are loaded and products take their workspace, which nothing may do while it is
+            // captured. All rows are padding: no slot is touched.
+            RETURN_IF_ERROR(Compute(s));
+            compute_.Synchronize();
+            ASSIGN_OR_RETURN(DeviceGraph graph, compute_.Capture([&] { return Compute(s); }));
+            s.graphs.emplace(std::pair(s.shape.outputs, s.shape.reads), std::move(graph));
+            ++description_.graphs;
+          }
+        }
+      }
+      compute_.Synchronize();
+      description_.graph_bytes = free_before - FreeDeviceBytes(description_.device);
+      return absl::OkStatus();
+    }));
+  }
+
   const ModelDescription& description() const override { return description_; }
 
   absl::StatusOr<StepTicket> Prepare(absl::Span<const StepRow> rows) override {
@@ -337,18 +404,19 @@ class Engine final : public Model {
           absl::StrCat(staging_.size(), " steps are under way, want one to be waited for first"));
     }
     RETURN_IF_ERROR(Validate(rows));
+    Clear(&s);
     s.step_rows.assign(rows.begin(), rows.end());
-    s.tokens = s.outputs = s.reads = 0;
-    s.wants_top = false;
-    int64_t carried_at = 0;  // Of row 0, in x: behind all tokens.
-    for (const StepRow& row : rows) carried_at += row.tokens;
-    s.host.offsets[0] = 0;
+    const StepShape shape = ShapeOf(rows);
+    const bool reads_out = description_.generates && shape.outputs == 0;
+    const std::optional<int64_t> bucket = BucketOf(shape, reads_out);
+    const int64_t carried_at = bucket.value_or(shape.tokens);  // Of row 0, in x: behind all tokens.
     const int64_t d = weights_.config.d_model;
+    int64_t tokens = 0;
     for (size_t r = 0; r < rows.size(); ++r) {
       const StepRow& row = rows[r];
-      const int64_t first = s.tokens;
-      s.tokens += row.tokens;
-      s.host.offsets[r + 1] = static_cast<int32_t>(s.tokens);
+      const int64_t first = tokens;
+      tokens += row.tokens;
+      s.host.offsets[r + 1] = static_cast<int32_t>(tokens);
       s.host.base_slot[r] = row.base_slot;
       s.host.work_slot[r] = row.work_slot;
       s.host.fresh[r] = row.fresh ? 1 : 0;
@@ -382,14 +450,14 @@ class Engine final : public Model {
         }
       }
     }
+    s.shape = shape;
+    if (bucket.has_value()) {
+      Pad(*bucket, reads_out, &s);
+      const auto graph = s.graphs.find({s.shape.outputs, s.shape.reads});
+      if (graph != s.graphs.end()) s.graph = &graph->second;
+    }
     RETURN_IF_ERROR(Checked(CatchTorch("copying a step's input", [&] {
-      if (description_.takes_tokens) {
-        copy_in_.Copy(s.device.ids, s.host.ids, s.tokens * sizeof(int64_t));
-      } else {
-        copy_in_.Copy(s.device.x, s.host.x, s.tokens * d * sizeof(float));
-      }
-      copy_in_.Copy(s.device.rows, s.host.rows, s.rows_bytes);
-      copy_in_.Record(&s.copied);
+      CopyIn(&s);
       return absl::OkStatus();
     })));
     s.state = Staging::State::kPrepared;
@@ -443,6 +511,79 @@ class Engine final : public Model {
     if (status.ok()) return status;
     const absl::Status alive = CheckAlive(description_.device);
     return alive.ok() ? status : alive;
+  }
+
+  static void Clear(Staging* s) {
+    s->step_rows.clear();
+    s->outputs = s->reads = 0;
+    s->wants_top = false;
+    s->graph = nullptr;
+    s->host.offsets[0] = 0;
+  }
+
+  // Of the rows alone, without padding.
+  StepShape ShapeOf(absl::Span<const StepRow> rows) const {
+    StepShape shape;
+    shape.rows = static_cast<int64_t>(rows.size());
+    if (shape.rows > 0) shape.shortest = INT64_MAX;
+    for (const StepRow& row : rows) {
+      shape.tokens += row.tokens;
+      shape.shortest = std::min(shape.shortest, row.tokens);
+      shape.longest = std::max(shape.longest, row.tokens);
+      (row.readout == ReadoutKind::kValues ? shape.outputs : shape.reads) +=
+          RowOutputs(row, description_.lookahead).count();
+    }
+    return shape;
+  }
+
+  // Whether as many outputs as there are rows can be read out, or else handed over.
+  bool CanPad(int64_t rows, bool reads_out) const {
+    if (reads_out) return description_.generates;
+    return !description_.takes_tokens || rows <= description_.max_step_logits;
+  }
+
+  // The number of rows to which a step is padded, if it is: where each of its rows has one token.
+  std::optional<int64_t> BucketOf(const StepShape& shape, bool reads_out) const {
+    if (shape.shortest != 1 || shape.longest != 1 || (shape.outputs > 0 && shape.reads > 0)) return std::nullopt;
+    const auto bucket = std::lower_bound(buckets_.begin(), buckets_.end(),
+                                         std::max({shape.rows, shape.outputs, shape.reads}));
+    if (bucket == buckets_.end() || !CanPad(*bucket, reads_out)) return std::nullopt;
+    return *bucket;
+  }
+
+  // Makes the step one of `bucket` rows of one token and as many outputs, which are read out or else handed over.
+  void Pad(int64_t bucket, bool reads_out, Staging* s) {
+    s->shape = {bucket, bucket, 1, 1, reads_out ? 0 : bucket, reads_out ? bucket : 0};
+    const Staging::Side& host = s->host;
+    const int64_t d = weights_.config.d_model;
+    for (int64_t r = static_cast<int64_t>(s->step_rows.size()); r < bucket; ++r) {
+      host.offsets[r + 1] = static_cast<int32_t>(r + 1);
+      host.base_slot[r] = host.work_slot[r] = -1;
+      host.fresh[r] = 1;
+      host.position[r] = 0;
+      host.end[r] = INT64_MAX;
+      host.nonfinite[r] = 0;
+      host.token_row[r] = static_cast<int32_t>(r);
+      if (description_.takes_tokens) {
+        host.ids[r] = 0;
+      } else {
+        std::fill_n(host.x + r * d, d, 0.0f);
+      }
+    }
+    // What nobody has asked for is made of the first token.
+    std::fill(host.gather + s->outputs, host.gather + std::max(s->outputs, s->shape.outputs), 0);
+    std::fill(host.read_gather + s->reads, host.read_gather + std::max(s->reads, s->shape.reads), 0);
+    std::fill(host.requests + s->reads, host.requests + std::max(s->reads, s->shape.reads), ReadoutRequest());
+  }
+
+  void CopyIn(Staging* s) {
+    if (description_.takes_tokens) {
+      copy_in_.Copy(s->device.ids, s->host.ids, s->shape.tokens * sizeof(int64_t));
+    } else {
+      copy_in_.Copy(s->device.x, s->host.x, s->shape.tokens * weights_.config.d_model * sizeof(float));
+    }
+    copy_in_.Copy(s->device.rows, s->host.rows, s->rows_bytes);
+    copy_in_.Record(&s->copied);
   }
 
   static int64_t RealTokens(const StepRow& row) {
@@ -793,31 +934,52 @@ class Engine final : public Model {
   absl::Status Run(Staging* s) {
     SetTorchThreads(threads_);
     const DeviceStream::Current current(compute_);
-    const OpContext context{description_.device, TorchParallelFor, compute_.handle()};
-    RaggedRows rows;
-    rows.rows = static_cast<int64_t>(s->step_rows.size());
-    rows.tokens = s->tokens;
-    const auto [shortest, longest] =
-        std::minmax_element(s->step_rows.begin(), s->step_rows.end(),
-                            [](const StepRow& a, const StepRow& b) { return a.tokens < b.tokens; });
-    if (rows.rows > 0) {
-      rows.shortest = shortest->tokens;
-      rows.longest = longest->tokens;
-    }
-    rows.offsets = s->device.offsets;
-    rows.token_row = s->device.token_row;
-    rows.base_slot = s->device.base_slot;
-    rows.work_slot = s->device.work_slot;
-    rows.fresh = s->device.fresh;
-    rows.position = s->device.position;
-    rows.end = s->device.end;
-    float* x = s->device.x;
-    const int64_t d = weights_.config.d_model;
     compute_.Await(s->copied);
+    if (s->graph != nullptr) {
+      compute_.Launch(*s->graph);
+    } else {
+      RETURN_IF_ERROR(Compute(*s));
+    }
+    compute_.Record(&s->computed);
+    copy_out_.Await(s->computed);
+    const auto copy_out = [&](auto* to, const auto* from, int64_t elements) {
+      copy_out_.Copy(to, from, elements * static_cast<int64_t>(sizeof(*to)));
+    };
+    copy_out(s->host.output, s->device.output, s->outputs * description_.output_width);
+    copy_out(s->host.nonfinite, s->device.nonfinite, static_cast<int64_t>(s->step_rows.size()));
+    copy_out(s->host.read_ids, s->device.read_ids, s->reads);
+    copy_out(s->host.log_probs, s->device.log_probs, s->reads);
+    if (s->wants_top) {
+      copy_out(s->host.top_ids, s->device.top_ids, s->reads * kMaxTopTokens);
+      copy_out(s->host.top_log_probs, s->device.top_log_probs, s->reads * kMaxTopTokens);
+    }
+    copy_out_.Record(&s->answered);
+    return absl::OkStatus();
+  }
+
+  // From the input on the device to the outputs there: what a graph is made of. What it launches depends on the
+  // step's shape alone, and where it finds its data on the staging.
+  absl::Status Compute(const Staging& s) {
+    const OpContext context{description_.device, TorchParallelFor, compute_.handle()};
+    const Staging::Side& side = s.device;
+    RaggedRows rows;
+    rows.rows = s.shape.rows;
+    rows.tokens = s.shape.tokens;
+    rows.shortest = s.shape.shortest;
+    rows.longest = s.shape.longest;
+    rows.offsets = side.offsets;
+    rows.token_row = side.token_row;
+    rows.base_slot = side.base_slot;
+    rows.work_slot = side.work_slot;
+    rows.fresh = side.fresh;
+    rows.position = side.position;
+    rows.end = side.end;
+    float* x = side.x;
+    const int64_t d = weights_.config.d_model;
     if (description_.takes_tokens) {
       EmbedArgs embed;
       embed.width = d;
-      embed.ids = s->device.ids;
+      embed.ids = side.ids;
       embed.sampled = SlotParts(layout_.sampled_offset);
       embed.dtype = weights_.dtype;
       embed.table = weights_.embedding;
@@ -825,7 +987,7 @@ class Engine final : public Model {
       RETURN_IF_ERROR(Embed(rows, embed, context));
     }
     for (int64_t l = 0; l < weights_.config.num_layers; ++l) {
-      RETURN_IF_ERROR(RunLayer(l, rows, x, s->device.nonfinite, context));
+      RETURN_IF_ERROR(RunLayer(l, rows, x, side.nonfinite, context));
     }
 
     if (description_.generates) {
@@ -838,29 +1000,16 @@ class Engine final : public Model {
 
     // Only what is wanted goes through the head.
     const bool has_head = weights_.head.matrix != nullptr;
-    RETURN_IF_ERROR(FinalNorm(x, s->device.gather, s->outputs, has_head ? workspace_.normed : s->device.output,
-                              context));
+    RETURN_IF_ERROR(
+        FinalNorm(x, side.gather, s.shape.outputs, has_head ? workspace_.normed : side.output, context));
     if (has_head) {
-      RETURN_IF_ERROR(Multiply(s->outputs, workspace_.normed, weights_.head, DType::kFloat32, s->device.output,
+      RETURN_IF_ERROR(Multiply(s.shape.outputs, workspace_.normed, weights_.head, DType::kFloat32, side.output,
                                weights_.head.outputs, context));
     }
-    for (int64_t begin = 0; begin < s->reads; begin += workspace_.logits_rows) {
-      RETURN_IF_ERROR(ReadOut(s->device, x, begin, std::min(workspace_.logits_rows, s->reads - begin), context));
+    const int64_t reads = s.shape.reads;
+    for (int64_t begin = 0; begin < reads; begin += workspace_.logits_rows) {
+      RETURN_IF_ERROR(ReadOut(side, x, begin, std::min(workspace_.logits_rows, reads - begin), context));
     }
-    compute_.Record(&s->computed);
-    copy_out_.Await(s->computed);
-    const auto copy_out = [&](auto* to, const auto* from, int64_t elements) {
-      copy_out_.Copy(to, from, elements * static_cast<int64_t>(sizeof(*to)));
-    };
-    copy_out(s->host.output, s->device.output, s->outputs * description_.output_width);
-    copy_out(s->host.nonfinite, s->device.nonfinite, rows.rows);
-    copy_out(s->host.read_ids, s->device.read_ids, s->reads);
-    copy_out(s->host.log_probs, s->device.log_probs, s->reads);
-    if (s->wants_top) {
-      copy_out(s->host.top_ids, s->device.top_ids, s->reads * kMaxTopTokens);
-      copy_out(s->host.top_log_probs, s->device.top_log_probs, s->reads * kMaxTopTokens);
-    }
-    copy_out_.Record(&s->answered);
     return absl::OkStatus();
   }
 
@@ -900,10 +1049,12 @@ class Engine final : public Model {
     return Readout(read, context);
   }
 
-  // Constant after construction (the description from AllocatePool on).
+  // Constant after construction (the description from CaptureGraphs on).
   const Weights weights_;
   const SlotLayout layout_;
   const int threads_;
+  bool captures_ = false;
+  std::vector<int64_t> buckets_;  // Ascending; none: nothing is padded.
   ModelDescription description_;
 
   // Confined to the batch thread.
@@ -979,7 +1130,10 @@ absl::StatusOr<std::vector<std::unique_ptr<Model>>> LoadModels(absl::Span<const 
                          ": give it ", options.min_slots * slot_bytes, " bytes"));
       }
       engines[i]->AllocatePool(num_slots);
-      models.push_back(std::move(engines[i]));
+    }
+    for (std::unique_ptr<Engine>& engine : engines) {
+      RETURN_IF_ERROR(engine->CaptureGraphs());
+      models.push_back(std::move(engine));
     }
     return models;
   });

@@ -41,6 +41,8 @@ struct ModelDescription {
   int64_t session_bytes = 0;    // Of one slot: a session's whole state.
   int64_t num_slots = 0;        // Slots in the pool, 0 .. num_slots-1.
   int64_t weight_bytes = 0;     // On the device.
+  int64_t graphs = 0;           // Steps that were captured, to be launched as one; 0 on the CPU.
+  int64_t graph_bytes = 0;      // Of the device's memory, for these.
   int64_t max_step_tokens = 0;  // Largest step that Prepare takes: workspace is sized for it.
   int64_t max_step_rows = 0;
   int64_t max_step_logits = 0;  // Models over tokens: most tokens of a step whose logits are handed over.
@@ -156,6 +158,13 @@ struct ModelLoadProgress {
   int64_t total_bytes = 0;
 };
 
+// How a step runs whose rows have one token each. For tests other than kGraphs.
+enum class OneTokenSteps {
+  kGraphs,   // Padded to one of a few numbers of rows and launched as a graph, where the device has graphs.
+  kPadded,   // Padded likewise, on any device, and launched operator by operator.
+  kUnpadded,  // As it is, operator by operator.
+};
+
 struct ModelOptions {
   Device device;
   DType dtype = DType::kFloat32;  // What products are computed in: float32, or on CUDA bfloat16.
@@ -163,19 +172,21 @@ struct ModelOptions {
   int64_t max_step_rows = 256;
   // Memory for state slots, shared equally among the models that are loaded together: of each model as many
   // as fit, at most max_slots, at least min_slots. 0, on CUDA only: pool_fraction of what is free once all of
-  // them have their weights and have run their largest step.
+  // them have their weights and have run their largest step. Graphs are captured after that, out of the rest.
   int64_t pool_bytes = 0;
   double pool_fraction = 0.9;
   int64_t min_slots = 2;  // RESOURCE_EXHAUSTED if these do not fit in pool_bytes.
   int64_t max_slots = int64_t{1} << 20;
   int cpu_threads = 1;  // Threads of a step on the CPU, the batch thread included.
+  OneTokenSteps one_token_steps = OneTokenSteps::kGraphs;
   // Called by the loading thread after every few MiB; the last call of a model has all its bytes. Null: not
   // wanted.
   std::function<void(const ModelLoadProgress&)> on_progress;
 };
 
 // Loads models onto one device: of each, DIRECTORY/config.json and DIRECTORY/model.safetensors. Runs each
-// one's largest step once, so that what is allocated or chosen on first use is there before the first client.
+// one's largest step once, so that what is allocated or chosen on first use is there before the first client, and
+// on CUDA captures the graphs of its short steps.
 // Errors name the directory: NOT_FOUND, INVALID_ARGUMENT as config.h and safetensors.h, INVALID_ARGUMENT too
 // for a dtype that the device does not compute in; FAILED_PRECONDITION if the device is not there or this
 // build has no CUDA; RESOURCE_EXHAUSTED if memory is short.

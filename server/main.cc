@@ -68,7 +68,9 @@ absl::StatusOr<std::vector<NamedModel>> LoadAll(const ServerConfig& config) {
          {"device", DeviceName(description.device)},
          {"dtype", DTypeName(description.dtype)},
          {"session_bytes", absl::StrCat(description.session_bytes)},
-         {"slots", absl::StrCat(description.num_slots)}});
+         {"slots", absl::StrCat(description.num_slots)},
+         {"graphs", absl::StrCat(description.graphs)},
+         {"graph_bytes", absl::StrCat(description.graph_bytes)}});
     named.push_back({config.models[i].first, std::move(models[i])});
     if (!description.takes_tokens) continue;
     if (!tokenizers[i].ok()) {

@@ -14,6 +14,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "model/base/safetensors.h"
+#include "model/device.h"
 #include "model/model.h"
 #include "tests/model/engine_modes.h"
 
@@ -25,7 +26,8 @@ constexpr int64_t kSlots = 160;
 // A model and the steps that tests make of rows.
 class Generator {
  public:
-  Generator(const std::string& model, const Mode& mode) {
+  Generator(const std::string& model, const Mode& mode,
+            OneTokenSteps one_token_steps = OneTokenSteps::kGraphs) {
     ModelOptions options;
     options.device = mode.device;
     options.dtype = mode.dtype;
@@ -34,6 +36,7 @@ class Generator {
     options.pool_bytes = int64_t{512} << 20;
     options.max_slots = kSlots;
     options.cpu_threads = 2;
+    options.one_token_steps = one_token_steps;
     auto loaded = LoadModel(absl::StrCat(DELTANET_TESTDATA, "/golden/", model), options);
     EXPECT_TRUE(loaded.ok()) << loaded.status();
     if (loaded.ok()) model_ = *std::move(loaded);
@@ -61,6 +64,60 @@ class Generator {
     row.input = ids.data() + position;
     row.input_dtype = DType::kInt64;
     return row;
+  }
+
+  // What `count` sequences give, of which each samples, scores or asks for the most likely ids at every token, in
+  // steps of one token each, after a longer one. `others` come along in these that have nothing to do with them.
+  struct ReadOut {
+    std::vector<int64_t> ids;
+    std::vector<float> log_probs;
+
+    bool operator==(const ReadOut&) const = default;
+  };
+  ReadOut TokenByToken(int64_t count, int64_t others) {
+    constexpr int64_t kSteps = 10, kTop = 2;
+    std::vector<int64_t> ids(kSteps + 2);
+    for (size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<int64_t>(7 * i + 3) % vocabulary();
+    ReadOut made{std::vector<int64_t>(kSteps * count * (1 + kTop), -2),
+                 std::vector<float>(kSteps * count * (1 + kTop), 1)};
+    for (int64_t step = 0; step < kSteps; ++step) {
+      std::vector<StepRow> rows;
+      std::vector<int64_t> other_ids(others);
+      for (int64_t i = 0; i < count + (step > 0 ? others : 0); ++i) {
+        const int32_t slot = static_cast<int32_t>(i);
+        StepRow row = step == 0 ? Feed(ids, 0, 2, slot) : Feed(ids, step + 1, 1, slot);
+        row.output_begin = row.tokens - 1;
+        if (i >= count) {
+          row.fresh = true;
+          row.readout = ReadoutKind::kSample;
+          row.ids = &other_ids[i - count];
+          rows.push_back(row);
+          continue;
+        }
+        const int64_t at = (step * count + i) * (1 + kTop);
+        row.log_probs = &made.log_probs[at];
+        row.top = kTop;
+        row.top_ids = &made.ids[at + 1];
+        row.top_log_probs = &made.log_probs[at + 1];
+        if (i % 3 == 0) {  // Feeds what it has sampled.
+          row.readout = ReadoutKind::kSample;
+          row.feed_sampled = step > 0;
+          row.sampling = {.temperature = 20.0f, .seed = static_cast<uint64_t>(i)};
+          row.ids = &made.ids[at];
+        } else if (i % 3 == 1) {  // The token is scored by what the one before it has left behind.
+          row.readout = ReadoutKind::kScore;
+          row.output_begin = step > 0 ? -1 : 0;
+          row.output_end = row.tokens - 1;
+          row.targets = &ids[step + 1];
+        } else {
+          row.readout = ReadoutKind::kTop;
+          row.log_probs = nullptr;
+        }
+        rows.push_back(row);
+      }
+      Run(rows);
+    }
+    return made;
   }
 
   // Logits [T, vocabulary] of a fresh sequence.
@@ -266,6 +323,19 @@ TEST_P(EngineGenerationTest, SideBySideAsAlone) {
     EXPECT_NEAR(want[alone.ids[n]], want[together[i].ids[n]], 1e-4) << "sequence " << i << ", token " << n;
   }
   EXPECT_GE(equal, 60);
+}
+
+// Padding is to a row what any other row is, and a graph what its launches are.
+TEST_P(EngineGenerationTest, PaddedStepsAndGraphsGiveWhatTheirRowsGive) {
+  Generator padded(std::get<0>(GetParam()), mode(), OneTokenSteps::kPadded);
+  Generator unpadded(std::get<0>(GetParam()), mode(), OneTokenSteps::kUnpadded);
+  for (const auto& [rows, bucket] : {std::pair(1, 1), {2, 2}, {3, 4}, {5, 8}, {17, 24}, {65, 70}}) {
+    SCOPED_TRACE(rows);
+    const Generator::ReadOut with_padding = padded.TokenByToken(rows, 0);
+    EXPECT_EQ(with_padding, unpadded.TokenByToken(rows, bucket - rows));
+    EXPECT_EQ(generator_->TokenByToken(rows, 0),
+              DeviceGraph::Supported(mode().device) ? with_padding : unpadded.TokenByToken(rows, 0));
+  }
 }
 
 TEST_P(EngineGenerationTest, RefusesRowsThatMakeNoSense) {

@@ -46,8 +46,11 @@ ModelOptions TestOptions(const Mode& mode = Modes().front()) {
   return options;
 }
 
-std::unique_ptr<Model> Load(const std::string& directory, const Mode& mode = Modes().front()) {
-  auto model = LoadModel(directory, TestOptions(mode));
+std::unique_ptr<Model> Load(const std::string& directory, const Mode& mode = Modes().front(),
+                            OneTokenSteps one_token_steps = OneTokenSteps::kGraphs) {
+  ModelOptions options = TestOptions(mode);
+  options.one_token_steps = one_token_steps;
+  auto model = LoadModel(directory, options);
   EXPECT_TRUE(model.ok()) << model.status();
   return model.ok() ? *std::move(model) : nullptr;
 }
@@ -510,6 +513,103 @@ TEST_P(EngineTest, ConvertsInputAndOutput) {
       std::vector<char> rounded(input.size() * 2);
       ConvertElements(want.data(), DType::kFloat32, rounded.data(), dtype, want.size());
       EXPECT_EQ(std::memcmp(rounded.data(), output.data(), rounded.size()), 0) << DTypeName(dtype);
+    }
+  }
+}
+
+// Input of a sequence: ids, or values.
+std::vector<char> RandomInput(const ModelDescription& description, int64_t tokens, uint32_t seed) {
+  std::mt19937 random(seed);
+  std::vector<char> input(tokens * description.input_width * (description.takes_tokens ? 8 : 4));
+  for (int64_t i = 0; i < tokens * description.input_width; ++i) {
+    if (description.takes_tokens) {
+      const int64_t id = random() % description.vocab_size;
+      std::memcpy(&input[i * 8], &id, 8);
+    } else {
+      const float value = static_cast<float>(static_cast<int>(random() % 6001) - 3000) / 1000;
+      std::memcpy(&input[i * 4], &value, 4);
+    }
+  }
+  return input;
+}
+
+// What `count` sequences give that are fed token by token side by side, their flush tokens too, with a longer step
+// between. In the steps of one token each, `others` come along that have nothing to do with them. Last comes a
+// sequence that begins before all of them and goes on after them.
+std::vector<float> FedTokenByToken(Model* model, int64_t count, int64_t others) {
+  constexpr int64_t kTokens = 12, kEndless = 100;
+  const ModelDescription& description = model->description();
+  std::vector<std::vector<char>> inputs;
+  std::vector<Sequence> sequences;
+  for (int64_t i = 0; i < 1 + count + others; ++i) {
+    const int64_t tokens = i <= count ? kTokens : kEndless;
+    inputs.push_back(RandomInput(description, tokens, static_cast<uint32_t>(i)));
+    sequences.emplace_back(*model, inputs.back().data(), tokens, static_cast<int32_t>(2 * i));
+  }
+  std::vector<Sequence*> some, all;
+  for (int64_t i = 1; i < 1 + count + others; ++i) {
+    if (i <= count) some.push_back(&sequences[i]);
+    all.push_back(&sequences[i]);
+  }
+  Step(model, {&sequences[0]}, {5});
+  const std::vector<int64_t> ones(all.size(), 1);
+  for (int step = 0; step < 3; ++step) Step(model, all, ones);
+  std::vector<int64_t> tokens(count);
+  for (int64_t i = 0; i < count; ++i) tokens[i] = 2 + i % 3;
+  Step(model, some, tokens);
+  for (int64_t i = 0; i < count; ++i) tokens[i] = 3 - tokens[i] + 1;
+  Step(model, some, tokens);  // Some of none.
+  while (some[0]->remaining() > 0) Step(model, all, ones);
+  Step(model, {&sequences[0]}, {sequences[0].remaining()});
+
+  std::vector<float> outputs;
+  for (int64_t i = 0; i <= count; ++i) {
+    const std::vector<float>& output = sequences[(i + 1) % (count + 1)].output();
+    outputs.insert(outputs.end(), output.begin(), output.end());
+  }
+  return outputs;
+}
+
+// Padding is to a row what any other row is, a graph what its launches are, and to slots padding is nothing.
+TEST_P(EngineTest, PaddedStepsAndGraphsGiveWhatTheirRowsGive) {
+  ModelConfig configs[4];
+  for (ModelConfig& config : configs) {
+    config.d_model = 16;
+    config.chunk_size = 4;
+    config.num_layers = 2;
+  }
+  configs[0].family = Family::kTransformerDeltaNet;
+  configs[0].conv_padding = ConvPadding::kCausal;
+  configs[1].family = Family::kTransformerDeltaNet;  // Centred: tokens give no output at first.
+  configs[2].family = Family::kDeltaNetModel;
+  configs[2].num_heads = 2;
+  configs[2].vocab_size = 50;
+  configs[2].mlp_ratio = 2;
+  configs[2].ff_hidden_dim = 32;
+  configs[3].family = Family::kDeltaNet;
+  configs[3].num_heads = 2;
+  configs[3].vocab_size = 50;
+  configs[3].ff_hidden_dim = 24;
+  configs[3].norm_eps = 1e-5;
+  const auto same = [](const std::vector<float>& a, const std::vector<float>& b) {
+    return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+  };
+  for (const ModelConfig& config : configs) {
+    const std::string directory = WriteRandomModel(config, 77);
+    const std::unique_ptr<Model> graphs = Load(directory, GetParam());
+    const std::unique_ptr<Model> padded = Load(directory, GetParam(), OneTokenSteps::kPadded);
+    const std::unique_ptr<Model> unpadded = Load(directory, GetParam(), OneTokenSteps::kUnpadded);
+    const bool captures = DeviceGraph::Supported(GetParam().device);
+    EXPECT_EQ(graphs->description().graphs > 0, captures);
+    EXPECT_EQ(padded->description().graphs, 0);
+    for (const auto& [rows, bucket] : {std::pair(1, 1), {2, 2}, {3, 4}, {5, 8}, {17, 24}}) {
+      SCOPED_TRACE(absl::StrCat(ModelConfigJson(config), ", ", rows, " rows"));
+      const std::vector<float> with_padding = FedTokenByToken(padded.get(), rows, 0);
+      const std::vector<float> alone = FedTokenByToken(unpadded.get(), rows, 0);
+      EXPECT_TRUE(same(with_padding, FedTokenByToken(unpadded.get(), rows, bucket - rows)));
+      EXPECT_TRUE(same(FedTokenByToken(graphs.get(), rows, 0), captures ? with_padding : alone));
+      const std::vector<double> want(alone.begin(), alone.end());
+      EXPECT_LE(RelativeError(with_padding.data(), want.data(), want.size()), Loose(1e-5));
     }
   }
 }
