@@ -30,6 +30,7 @@
 #include "model/ops/carry.h"
 #include "model/ops/conv_qkv.h"
 #include "model/ops/delta_rule.h"
+#include "model/ops/delta_rule_plan.h"
 #include "model/ops/elementwise.h"
 #include "model/ops/gemm.h"
 #include "model/ops/readout.h"
@@ -178,7 +179,7 @@ std::vector<int64_t> Buckets(const ModelOptions& options) {
 // One step's own memory: what Prepare fills, on the host and, copied, on the device, and what Wait reads. On
 // the CPU the two sides are the same memory.
 struct Staging {
-  Staging(const Weights& weights, const ModelOptions& options)
+  Staging(const Weights& weights, const ModelOptions& options, int64_t chunk_blocks)
       : copied(options.device), computed(options.device), answered(options.device) {
     const int64_t tokens = options.max_step_tokens, rows = options.max_step_rows;
     const ModelConfig& config = weights.config;
@@ -196,6 +197,10 @@ struct Staging {
         layout.TakeBytes(rows * sizeof(int32_t)),       layout.TakeBytes(positions * sizeof(int32_t)),
         layout.TakeBytes(positions * sizeof(ReadoutRequest))};
     rows_bytes = layout.bytes() - rows_at;
+    const int64_t long_rows = std::min(rows, tokens / (kDeltaRuleFewTokens + 1));
+    const int64_t plan_size =
+        chunk_blocks > 0 ? MaxChunkPlanSize(long_rows, weights.heads, chunk_blocks) : 0;
+    const int64_t plan_at = layout.TakeBytes(plan_size * sizeof(int32_t));
     const int64_t output_width = weights.head.matrix != nullptr ? weights.head.outputs : config.d_model;
     const int64_t output_at = layout.Take(values * output_width, DType::kFloat32);
     const int64_t read_at[] = {layout.TakeBytes(positions * sizeof(int32_t)),
@@ -221,6 +226,7 @@ struct Staging {
       s.nonfinite = reinterpret_cast<int32_t*>(base + at[8]);
       s.read_gather = reinterpret_cast<int32_t*>(base + at[9]);
       s.requests = reinterpret_cast<ReadoutRequest*>(base + at[10]);
+      s.plan = reinterpret_cast<int32_t*>(base + plan_at);
       s.output = reinterpret_cast<float*>(base + output_at);
       s.read_ids = reinterpret_cast<int32_t*>(base + read_at[0]);
       s.log_probs = reinterpret_cast<float*>(base + read_at[1]);
@@ -247,6 +253,7 @@ struct Staging {
     int32_t* nonfinite;  // [R] Zero before the step.
     int32_t* read_gather;      // [P] (reads) Rows of x that are read out, in order.
     ReadoutRequest* requests;  // [P]
+    int32_t* plan;             // Of the delta rule's long rows (ops/delta_rule_plan.h).
     float* output;             // [N', output_width]
     int32_t* read_ids;         // [P]
     float* log_probs;          // [P]
@@ -267,6 +274,7 @@ struct Staging {
   int64_t reads = 0;
   bool wants_top = false;
   StepShape shape;  // and as it runs, with padding.
+  ChunkPlan chunks;                    // With its pieces on the host.
   const DeviceGraph* graph = nullptr;  // That runs it; null: operator by operator.
 
   std::map<std::pair<int64_t, int64_t>, DeviceGraph> graphs;  // By their shape's outputs and reads.
@@ -291,6 +299,7 @@ class Engine final : public Model {
       : weights_(std::move(weights)),
         layout_(weights_),
         threads_(options.cpu_threads),
+        chunk_blocks_(DeltaRuleChunkBlocks(options.device, weights_.dtype, weights_.key_dim, weights_.value_dim)),
         workspace_(weights_, options),
         copy_in_(options.device),
         compute_(options.device),
@@ -314,7 +323,7 @@ class Engine final : public Model {
     description_.max_step_rows = options.max_step_rows;
     if (config.takes_tokens()) description_.max_step_logits = MaxLogits(weights_, options);
     description_.max_steps_in_flight = options.device.type == DeviceType::kCpu ? 1 : 2;
-    for (int i = 0; i < description_.max_steps_in_flight; ++i) staging_.emplace_back(weights_, options);
+    for (int i = 0; i < description_.max_steps_in_flight; ++i) staging_.emplace_back(weights_, options, chunk_blocks_);
     captures_ = options.one_token_steps == OneTokenSteps::kGraphs && DeviceGraph::Supported(options.device);
     if (captures_ || options.one_token_steps == OneTokenSteps::kPadded) buckets_ = Buckets(options);
   }
@@ -451,6 +460,10 @@ class Engine final : public Model {
       }
     }
     s.shape = shape;
+    if (chunk_blocks_ > 0) {
+      s.chunks = PlanChunks({s.host.offsets, rows.size() + 1}, weights_.heads, weights_.value_dim, chunk_blocks_,
+                            s.host.plan);
+    }
     if (bucket.has_value()) {
       Pad(*bucket, reads_out, &s);
       const auto graph = s.graphs.find({s.shape.outputs, s.shape.reads});
@@ -517,6 +530,7 @@ class Engine final : public Model {
     s->step_rows.clear();
     s->outputs = s->reads = 0;
     s->wants_top = false;
+    s->chunks = {};
     s->graph = nullptr;
     s->host.offsets[0] = 0;
   }
@@ -583,6 +597,7 @@ class Engine final : public Model {
       copy_in_.Copy(s->device.x, s->host.x, s->shape.tokens * weights_.config.d_model * sizeof(float));
     }
     copy_in_.Copy(s->device.rows, s->host.rows, s->rows_bytes);
+    copy_in_.Copy(s->device.plan, s->host.plan, s->chunks.size() * sizeof(int32_t));
     copy_in_.Record(&s->copied);
   }
 
@@ -974,6 +989,8 @@ class Engine final : public Model {
     rows.fresh = side.fresh;
     rows.position = side.position;
     rows.end = side.end;
+    rows.chunks = s.chunks;
+    rows.chunks.pieces = side.plan;
     float* x = side.x;
     const int64_t d = weights_.config.d_model;
     if (description_.takes_tokens) {
@@ -1053,6 +1070,7 @@ class Engine final : public Model {
   const Weights weights_;
   const SlotLayout layout_;
   const int threads_;
+  const int64_t chunk_blocks_;  // Of the delta rule's kernel for long rows; 0: there is none.
   bool captures_ = false;
   std::vector<int64_t> buckets_;  // Ascending; none: nothing is padded.
   ModelDescription description_;

@@ -50,6 +50,7 @@
 #include "model/base/status_macros.h"
 #include "model/ops/cpu/dispatch.h"
 #include "model/ops/cuda_kernels.h"
+#include "model/ops/delta_rule_cuda.h"
 
 namespace deltanet {
 namespace {
@@ -77,6 +78,14 @@ absl::Status Validate(const RaggedRows& rows, const DeltaRuleArgs& args) {
 }
 
 }  // namespace
+
+int64_t DeltaRuleChunkBlocks([[maybe_unused]] const Device& device, [[maybe_unused]] DType dtype,
+                             [[maybe_unused]] int64_t key_dim, [[maybe_unused]] int64_t value_dim) {
+#ifdef DELTANET_CUDA
+  if (device.type == DeviceType::kCuda) return DeltaRuleChunkCudaBlocks(device.index, dtype, key_dim, value_dim);
+#endif
+  return 0;
+}
 
 absl::Status DeltaRule(const RaggedRows& rows, const DeltaRuleArgs& args, const OpContext& context) {
   RETURN_IF_ERROR(Validate(rows, args));

@@ -45,6 +45,10 @@ struct DeltaRuleArgs {
 // written. FAILED_PRECONDITION if this build lacks the device. Thread-safe: touches only what it is given.
 absl::Status DeltaRule(const RaggedRows& rows, const DeltaRuleArgs& args, const OpContext& context);
 
+// Among how many blocks DeltaRule shares out long rows of these sizes on `device` (see PlanChunks); 0 where it does
+// not go by chunks there.
+int64_t DeltaRuleChunkBlocks(const Device& device, DType dtype, int64_t key_dim, int64_t value_dim);
+
 // The definition, in scalar loops of type T (float or double), for one head: q, k [T,K], v, out [T,V], beta
 // [T], state [K,V] in place. Never optimised; what everything else is measured against.
 template <typename T>

@@ -8,8 +8,8 @@
 //
 // T and P come from the chunk alone; the chain from chunk to chunk is K S, then U, then S.
 //
-// Tiling. A block has four warpgroups, one or two consumers and for the rest producers, and works through a
-// list of (row, head, part of V), longest rows first. A consumer has 64 columns of S. It works on transposes,
+// Tiling. A block has four warpgroups, one or two consumers and for the rest producers, and works through its
+// share of the pieces (row, head, part of V) as planned (delta_rule_plan.h). A consumer has 64 columns of S. It works on transposes,
 // so that everything that depends on S is a left operand and lives in its registers, where the result of one
 // product, rounded to pairs, is the left operand of the next:
 //
@@ -67,7 +67,6 @@ namespace {
 constexpr int kChunk = 64;            // C
 constexpr int kStages = 3;            // Of q, k, v.
 constexpr int kSlots = 2;             // Of T (hi, lo) and P.
-constexpr int kMaxRows = 1024;        // A launch.
 constexpr int kBlockBytes = 16 * 48;  // A 16x16 block of bfloat16, rows 48 bytes apart: no bank conflicts.
 constexpr int kOffDiagonal = 6;       // Blocks below the diagonal.
 
@@ -93,9 +92,7 @@ struct Layout {
   static constexpr int kTurnBytes = (kOffDiagonal + 4) * 2 * kBlockBytes;
   static constexpr int kBeta = kBlocks + kTurns * kTurnBytes;            // float[kStages][kChunk]
   static constexpr int kBarriers = kBeta + kStages * kChunk * 4;         // uint64_t[2 * kStages + 2 * kSlots]
-  static constexpr int kCount = kBarriers + 8 * 2 * (kStages + kSlots);  // int32_t
-  static constexpr int kOrder = kCount + 16;                             // uint16_t[kMaxRows]
-  static constexpr int kBytes = kOrder + 2 * kMaxRows;
+  static constexpr int kBytes = kBarriers + 8 * 2 * (kStages + kSlots);
   static_assert(kBytes <= 227 * 1024);
 
   static constexpr int Loaded(int stage) { return kBarriers + 8 * stage; }
@@ -118,9 +115,8 @@ struct Ring {
 };
 
 struct Problem {
-  RaggedRows rows;  // Of this launch.
+  RaggedRows rows;
   DeltaRuleArgs args;
-  int parts;  // Blocks that share a head's columns.
 };
 
 // With DELTANET_DELTA_RULE_CLOCKS defined, where the cycles of each warpgroup of block 0 went.
@@ -154,80 +150,27 @@ class Clocks {
 #endif
 };
 
-// Writes the rows that are not for the token-by-token kernel to `order`, by falling number of chunks (those
-// of 255 and more are alike), and returns how many there are. By one warp; `starts` is scratch of 256 ints.
-__device__ int SortRows(const RaggedRows& rows, uint16_t* order, int* starts) {
-  const int lane = threadIdx.x % 32;
-  const int count = static_cast<int>(rows.rows);
-  const auto bin_of = [&](int row) {
-    if (row >= count) return 256;
-    const int tokens = rows.offsets[row + 1] - rows.offsets[row];
-    if (tokens <= kDeltaRuleFewTokens) return 256;
-    const int chunks = (tokens - 1) / kChunk;  // But one.
-    return 255 - (chunks < 255 ? chunks : 255);
-  };
-  for (int i = lane; i < 256; i += 32) starts[i] = 0;
-  __syncwarp();
-  for (int row = lane; row < count; row += 32) {
-    const int bin = bin_of(row);
-    if (bin < 256) atomicAdd(&starts[bin], 1);
-  }
-  __syncwarp();
-  int sizes[8], sum = 0;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    sizes[i] = starts[8 * lane + i];
-    sum += sizes[i];
-  }
-  int before = sum;
-#pragma unroll
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const int other = __shfl_up_sync(0xffffffffu, before, offset);
-    if (lane >= offset) before += other;
-  }
-  const int total = __shfl_sync(0xffffffffu, before, 31);
-  before -= sum;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    starts[8 * lane + i] = before;
-    before += sizes[i];
-  }
-  __syncwarp();
-  for (int first = 0; first < count; first += 32) {
-    const int bin = bin_of(first + lane);
-    const uint32_t alike = __match_any_sync(0xffffffffu, bin);
-    const int rank = __popc(alike & ((1u << lane) - 1));
-    const int at = bin < 256 ? starts[bin] + rank : 0;
-    __syncwarp();
-    if (bin < 256) {
-      order[at] = static_cast<uint16_t>(first + lane);
-      if (rank == 0) starts[bin] += __popc(alike);
-    }
-    __syncwarp();
-  }
-  return total;
-}
-
-// A block's share of the work: every gridDim.x-th piece, forwards and backwards in turn, so that who has the
-// longest of one round has the shortest of the next.
+// A block's share of the work, as planned.
 struct Walk {
   const Problem* problem;
-  const uint16_t* order;
-  int pieces;
-  int round = 0;
+  int next, end;  // Of the plan's pieces.
   // The piece in hand.
   int row, head, part, tokens;
   int64_t begin;  // Its first token.
 
+  __device__ explicit Walk(const Problem& of)
+      : problem(&of),
+        next(of.rows.chunks.pieces[blockIdx.x]),
+        end(of.rows.chunks.pieces[blockIdx.x + 1]) {}
+
   __device__ bool Next() {
-    const int blocks = gridDim.x, block = blockIdx.x;
-    const int piece = round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
-    ++round;
-    if (piece >= pieces) return false;  // Then all later ones are, too.
+    if (next == end) return false;
+    const ChunkPlan& plan = problem->rows.chunks;
+    const int piece = plan.pieces[plan.blocks + 1 + next++];
     const int heads = static_cast<int>(problem->args.heads);
-    part = piece % problem->parts;
-    head = piece / problem->parts % heads;
-    row = order[piece / problem->parts / heads];
+    part = piece % plan.parts;
+    head = piece / plan.parts % heads;
+    row = piece / plan.parts / heads;
     begin = problem->rows.offsets[row];
     tokens = problem->rows.offsets[row + 1] - static_cast<int>(begin);
     return true;
@@ -817,33 +760,24 @@ __global__ void __launch_bounds__(Layout<kKeys, kConsumers>::kThreads, 1)
   unsigned char* const memory = DynamicSharedMemory();
   const uint32_t base = SharedAddress(memory);
   const int thread = threadIdx.x;
-  uint16_t* const order = reinterpret_cast<uint16_t*>(memory + L::kOrder);
-  if (thread < 32) {
-    const int count = SortRows(problem.rows, order, reinterpret_cast<int*>(memory + L::kStage));
-    if (thread == 0) {
-      *reinterpret_cast<int*>(memory + L::kCount) = count;
-      for (int i = 0; i < kStages; ++i) {
-        BarrierInit(base + L::Loaded(i), 128);
-        BarrierInit(base + L::StageFree(i), 4 * kConsumers);
-      }
-      for (int i = 0; i < kSlots; ++i) {
-        BarrierInit(base + L::Ready(i), 128 * L::kMakers);
-        BarrierInit(base + L::SlotFree(i), 4 * kConsumers);
-      }
-      BarrierInitFence();
+  if (thread == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      BarrierInit(base + L::Loaded(i), 128);
+      BarrierInit(base + L::StageFree(i), 4 * kConsumers);
     }
-  } else {
-    // What is above T's diagonal stays zero.
-    for (int i = thread - 32; i < kSlots * L::kSlotBytes / 16; i += L::kThreads - 32) {
-      reinterpret_cast<uint4*>(memory + L::kSlot)[i] = make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < kSlots; ++i) {
+      BarrierInit(base + L::Ready(i), 128 * L::kMakers);
+      BarrierInit(base + L::SlotFree(i), 4 * kConsumers);
     }
-    FenceAsyncProxy();
+    BarrierInitFence();
   }
+  // What is above T's diagonal stays zero.
+  for (int i = thread; i < kSlots * L::kSlotBytes / 16; i += L::kThreads) {
+    reinterpret_cast<uint4*>(memory + L::kSlot)[i] = make_uint4(0, 0, 0, 0);
+  }
+  FenceAsyncProxy();
   __syncthreads();
-  const int count = *reinterpret_cast<const int*>(memory + L::kCount);
-  const Walk walk{.problem = &problem,
-                  .order = order,
-                  .pieces = count * static_cast<int>(problem.args.heads) * problem.parts};
+  const Walk walk(problem);
 
   const int group = __shfl_sync(0xffffffffu, thread / 128, 0);
   if (group < kConsumers) {
@@ -867,23 +801,8 @@ __global__ void __launch_bounds__(Layout<kKeys, kConsumers>::kThreads, 1)
 #endif
 }
 
-struct DeviceLimits {
-  bool hopper;
-  int multiprocessors;
-};
-DeviceLimits LimitsOfThisDevice() {
-  const auto get = [](cudaDeviceAttr attribute) {
-    int device = 0, value = 0;
-    if (cudaGetDevice(&device) != cudaSuccess) return 0;
-    return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 0;
-  };
-  return {get(cudaDevAttrComputeCapabilityMajor) == 9 && get(cudaDevAttrComputeCapabilityMinor) == 0,
-          get(cudaDevAttrMultiProcessorCount)};
-}
-
 template <int kKeys, int kConsumers, bool kNarrow>
-absl::Status Launch(const RaggedRows& rows, const DeltaRuleArgs& args, int multiprocessors,
-                    cudaStream_t stream) {
+absl::Status Launch(const RaggedRows& rows, const DeltaRuleArgs& args, cudaStream_t stream) {
   using L = Layout<kKeys, kConsumers>;
   const auto kernel = DeltaRuleChunkKernel<kKeys, kConsumers, kNarrow>;
   const cudaError_t error =
@@ -892,52 +811,50 @@ absl::Status Launch(const RaggedRows& rows, const DeltaRuleArgs& args, int multi
     return absl::InternalError(absl::StrCat("DeltaRuleChunkKernel needs ", L::kBytes,
                                             " bytes of shared memory: ", cudaGetErrorString(error)));
   }
-  const int parts = static_cast<int>(args.value_dim) / (64 * kConsumers);
-  for (int64_t first = 0; first < rows.rows; first += kMaxRows) {
-    Problem problem{.rows = rows, .args = args, .parts = parts};
-    problem.rows.rows = std::min<int64_t>(rows.rows - first, kMaxRows);
-    problem.rows.offsets += first;
-    problem.rows.base_slot += first;
-    problem.rows.work_slot += first;
-    problem.rows.fresh += first;
-    problem.args.nonfinite += first;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(
-        static_cast<unsigned>(std::min<int64_t>(multiprocessors, problem.rows.rows * args.heads * parts)));
-    config.blockDim = dim3(L::kThreads);
-    config.dynamicSmemBytes = L::kBytes;
-    config.stream = stream;
-    if (cudaLaunchKernelEx(&config, kernel, problem) != cudaSuccess)
-      return LaunchStatus("DeltaRuleChunkKernel");
-  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(rows.chunks.blocks));
+  config.blockDim = dim3(L::kThreads);
+  config.dynamicSmemBytes = L::kBytes;
+  config.stream = stream;
+  if (cudaLaunchKernelEx(&config, kernel, Problem{.rows = rows, .args = args}) != cudaSuccess)
+    return LaunchStatus("DeltaRuleChunkKernel");
   return absl::OkStatus();
 }
 
 template <int kKeys, int kConsumers>
-absl::Status Launch(const RaggedRows& rows, const DeltaRuleArgs& args, int multiprocessors,
-                    cudaStream_t stream) {
-  return args.out_bfloat16 != nullptr ? Launch<kKeys, kConsumers, true>(rows, args, multiprocessors, stream)
-                                      : Launch<kKeys, kConsumers, false>(rows, args, multiprocessors, stream);
+absl::Status Launch(const RaggedRows& rows, const DeltaRuleArgs& args, cudaStream_t stream) {
+  return args.out_bfloat16 != nullptr ? Launch<kKeys, kConsumers, true>(rows, args, stream)
+                                      : Launch<kKeys, kConsumers, false>(rows, args, stream);
 }
 
 bool Aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 }  // namespace
 
+int64_t DeltaRuleChunkCudaBlocks(int device, DType dtype, int64_t key_dim, int64_t value_dim) {
+  const auto get = [device](cudaDeviceAttr attribute) {
+    int value = 0;
+    return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 0;
+  };
+  const bool hopper =
+      get(cudaDevAttrComputeCapabilityMajor) == 9 && get(cudaDevAttrComputeCapabilityMinor) == 0;
+  const bool has_kernel =
+      dtype == DType::kBFloat16 && key_dim == value_dim && (key_dim == 64 || key_dim == 128);
+  return hopper && has_kernel ? get(cudaDevAttrMultiProcessorCount) : 0;
+}
+
 bool DeltaRuleChunkCudaTakes(const DeltaRuleArgs& args) {
-  return args.dtype == DType::kBFloat16 && args.key_dim == args.value_dim &&
-         (args.key_dim == 64 || args.key_dim == 128) && args.token_stride % 8 == 0 && Aligned(args.q) &&
-         Aligned(args.k) && Aligned(args.v) && Aligned(args.out_bfloat16) && LimitsOfThisDevice().hopper;
+  int device = 0;
+  return args.token_stride % 8 == 0 && Aligned(args.q) && Aligned(args.k) && Aligned(args.v) &&
+         Aligned(args.out_bfloat16) && cudaGetDevice(&device) == cudaSuccess &&
+         DeltaRuleChunkCudaBlocks(device, args.dtype, args.key_dim, args.value_dim) > 0;
 }
 
 absl::Status DeltaRuleChunkCuda(const RaggedRows& rows, const DeltaRuleArgs& args, void* stream) {
-  const int multiprocessors = LimitsOfThisDevice().multiprocessors;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  if (args.key_dim == 64) return Launch<64, 1>(rows, args, multiprocessors, cuda_stream);
-  if (rows.rows * args.heads * 2 <= multiprocessors) {
-    return Launch<128, 1>(rows, args, multiprocessors, cuda_stream);
-  }
-  return Launch<128, 2>(rows, args, multiprocessors, cuda_stream);
+  if (args.key_dim == 64) return Launch<64, 1>(rows, args, cuda_stream);
+  return rows.chunks.parts == 2 ? Launch<128, 1>(rows, args, cuda_stream)
+                                : Launch<128, 2>(rows, args, cuda_stream);
 }
 
 #ifdef DELTANET_DELTA_RULE_CLOCKS

@@ -180,7 +180,7 @@ void SetDeltaRuleCudaPathForTesting(DeltaRuleCudaPath wanted) { path = wanted; }
 
 absl::Status DeltaRuleCuda(const RaggedRows& rows, const DeltaRuleArgs& args, void* stream) {
   if (rows.rows == 0) return absl::OkStatus();
-  const bool chunks = path != DeltaRuleCudaPath::kTokens && rows.longest > kDeltaRuleFewTokens &&
+  const bool chunks = path != DeltaRuleCudaPath::kTokens && rows.chunks.blocks > 0 &&
                       DeltaRuleChunkCudaTakes(args);
   if (chunks) {
     RETURN_IF_ERROR(DeltaRuleChunkCuda(rows, args, stream));

@@ -6,23 +6,23 @@
 
 #include "absl/status/status.h"
 #include "model/ops/delta_rule.h"
+#include "model/ops/delta_rule_plan.h"
 
 namespace deltanet {
-
-// Where chunks are taken at all, rows of at most this many tokens go token by token all the same: by the row
-// alone, so that its bits do not depend on what else is in the step.
-constexpr int kDeltaRuleFewTokens = 16;
 
 // Which kernels DeltaRuleCuda uses where both can do the work: by default, chunks. For tests and benchmarks;
 // not thread-safe.
 enum class DeltaRuleCudaPath { kDefault, kTokens, kChunks };
 void SetDeltaRuleCudaPathForTesting(DeltaRuleCudaPath path);
 
-// Whether the chunk kernel can do this work on the current device.
+// As DeltaRuleChunkBlocks, on CUDA device number `device`.
+int64_t DeltaRuleChunkCudaBlocks(int device, DType dtype, int64_t key_dim, int64_t value_dim);
+
+// Whether the chunk kernel can do this work on the current device, given a plan.
 bool DeltaRuleChunkCudaTakes(const DeltaRuleArgs& args);
 
-// Runs the rows of more than kDeltaRuleFewTokens tokens and leaves the others (padding too) alone. Wants
-// DeltaRuleChunkCudaTakes(args). INTERNAL if a launch fails.
+// Runs the rows of rows.chunks and leaves the others alone. Wants DeltaRuleChunkCudaTakes(args) and
+// rows.chunks.blocks > 0. INTERNAL if a launch fails.
 absl::Status DeltaRuleChunkCuda(const RaggedRows& rows, const DeltaRuleArgs& args, void* stream);
 
 }  // namespace deltanet

@@ -21,6 +21,17 @@
 
 namespace deltanet {
 
+// Who does which of a step's long rows in the delta rule on a GPU (delta_rule_plan.h).
+struct ChunkPlan {
+  int64_t size() const { return blocks > 0 ? blocks + 1 + pieces[blocks] : 0; }  // Numbers; on the host only.
+
+  // First, for each block and behind the last, where its share of the pieces begins; then the pieces: row *
+  // heads * parts + head * parts + part.
+  const int32_t* pieces = nullptr;
+  int32_t blocks = 0;
+  int32_t parts = 1;  // Of a head's columns, each a piece of its own.
+};
+
 // Arrays live on the step's device and outlive the operator's work. R rows, N tokens.
 struct RaggedRows {
   int64_t rows = 0;                    // R
@@ -34,6 +45,7 @@ struct RaggedRows {
   const uint8_t* fresh = nullptr;      // [R] 1: the row starts from zero state and reads no slot.
   const int64_t* position = nullptr;   // [R] Time of the row's first token.
   const int64_t* end = nullptr;        // [R] Length of the sequence, or INT64_MAX while unknown.
+  ChunkPlan chunks;  // Read on CUDA only. Without blocks, long rows go token by token as well.
 };
 
 // One layer's part of the slots: slot s has its floats at pool + s * slot_stride + offset.

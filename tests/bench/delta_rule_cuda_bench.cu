@@ -166,7 +166,7 @@ void Run(const std::string& name, const std::vector<int32_t>& lengths, int heads
   Check(cudaStreamCreate(&stream), "stream");
   const OpContext context{
       .device = {.type = DeviceType::kCuda, .index = 0}, .parallel_for = NotOnTheHost, .stream = stream};
-  const RaggedRows rows{.rows = R,
+  RaggedRows rows{.rows = R,
                         .tokens = N,
                         .shortest = *std::min_element(lengths.begin(), lengths.end()),
                         .longest = *std::max_element(lengths.begin(), lengths.end()),
@@ -174,6 +174,11 @@ void Run(const std::string& name, const std::vector<int32_t>& lengths, int heads
                         .base_slot = base_there.data(),
                         .work_slot = work_there.data(),
                         .fresh = fresh.data()};
+  const int64_t blocks = DeltaRuleChunkBlocks(context.device, DType::kBFloat16, size, size);
+  std::vector<int32_t> plan(MaxChunkPlanSize(R, heads, blocks));
+  if (blocks > 0) rows.chunks = PlanChunks(offsets, heads, size, blocks, plan.data());
+  const Array<int32_t> plan_there(plan);
+  rows.chunks.pieces = plan_there.data();
   std::vector<float> first;
   for (const auto& [path, path_name] :
        {std::pair(DeltaRuleCudaPath::kTokens, "tokens"), std::pair(DeltaRuleCudaPath::kChunks, "chunks")}) {

@@ -8,6 +8,8 @@
 
 #include "gtest/gtest.h"
 #include "model/device.h"
+#include "model/ops/delta_rule.h"
+#include "model/ops/delta_rule_plan.h"
 #include "model/ops/rows.h"
 #include "tests/model/ops/op_test_util.h"
 
@@ -61,6 +63,17 @@ class Mirror {
     rows.fresh = Copy(ragged.fresh);
     rows.position = Copy(ragged.position);
     rows.end = Copy(ragged.end);
+    return rows;
+  }
+
+  // The same with a plan for the chunk kernel, where the device has one for these sizes.
+  RaggedRows Rows(const Ragged& ragged, DType dtype, int64_t heads, int64_t key_dim, int64_t value_dim) {
+    RaggedRows rows = Rows(ragged);
+    const int64_t blocks = DeltaRuleChunkBlocks(kDevice, dtype, key_dim, value_dim);
+    if (blocks == 0) return rows;
+    std::vector<int32_t> plan(MaxChunkPlanSize(rows.rows, heads, blocks));
+    rows.chunks = PlanChunks(ragged.offsets, heads, value_dim, blocks, plan.data());
+    rows.chunks.pieces = Copy(plan);
     return rows;
   }
 

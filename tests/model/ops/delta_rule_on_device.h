@@ -41,7 +41,8 @@ class DeltaRuleOnDevice {
     args.out = reinterpret_cast<float*>(out);
     if (out_dtype_ == DType::kBFloat16) args.out_bfloat16 = out;
     args.nonfinite = nonfinite_;
-    const absl::Status status = DeltaRule(mirror_.Rows(ragged), args, mirror_.context());
+    const absl::Status status = DeltaRule(
+        mirror_.Rows(ragged, dtype_, args.heads, args.key_dim, args.value_dim), args, mirror_.context());
     ASSERT_TRUE(status.ok()) << status;
   }
   void Finish() {
