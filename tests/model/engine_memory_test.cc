@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 #include <deque>
+#include <exception>
 #include <fstream>
 #include <memory>
 #include <optional>
@@ -164,6 +165,41 @@ TEST_P(EngineMemoryTest, AModelThatGoesTakesNothingFromAnother) {
     ASSERT_NO_FATAL_FAILURE(fed_alone());
     EXPECT_EQ(std::memcmp(output_.data(), want.data(), kWidth * sizeof(float)), 0);
   }
+}
+
+// A step takes no memory of the device's: with all of it gone, steps of every size work, and sessions go on.
+TEST_P(EngineMemoryTest, StepsOfEverySizeWorkWhenTheDeviceIsFull) {
+  if (GetParam().device.type == DeviceType::kCpu) GTEST_SKIP() << "a GPU's memory can be used up, a host's must not be";
+  ASSERT_NO_FATAL_FAILURE(Load());
+  const auto outputs = [&] {
+    std::vector<float> all;
+    for (int64_t tokens = 1; tokens <= kMaxStepTokens; ++tokens) {
+      StepRow row = Row(0, tokens);
+      row.fresh = tokens == 1;
+      row.base_slot = 0;
+      const auto ticket = model_->Prepare({&row, 1});
+      EXPECT_TRUE(ticket.ok()) << ticket.status();
+      EXPECT_TRUE(model_->Launch(*ticket).ok());
+      const auto result = model_->Wait(*ticket);
+      EXPECT_TRUE(result.ok() && result->rows[0].ok()) << result.status() << " after " << tokens << " tokens";
+      all.insert(all.end(), output_.begin(), output_.begin() + tokens * kWidth);
+    }
+    return all;
+  };
+  const std::vector<float> want = outputs();
+  FreeDeviceBytes(GetParam().device);  // Gives back what LibTorch's allocator keeps.
+  std::vector<DeviceBuffer> all;
+  for (int64_t bytes = int64_t{64} << 30; bytes >= int64_t{2} << 20;) {
+    try {
+      all.emplace_back(GetParam().device, bytes);
+    } catch (const std::exception&) {
+      bytes /= 2;
+    }
+  }
+  EXPECT_LT(FreeDeviceBytes(GetParam().device), int64_t{32} << 20);
+  EXPECT_EQ(LoadModel(directory_, options_).status().code(), absl::StatusCode::kResourceExhausted);
+  const std::vector<float> got = outputs();
+  EXPECT_EQ(std::memcmp(got.data(), want.data(), want.size() * sizeof(float)), 0);
 }
 
 // A graph works on the memory that it was captured over, as it is when it is launched.
