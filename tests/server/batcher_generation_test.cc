@@ -162,6 +162,22 @@ class GenerationTest : public ::testing::TestWithParam<int> {
 
 INSTANTIATE_TEST_SUITE_P(StepsInFlight, GenerationTest, testing::Values(1, 2));
 
+// Where two steps may be in flight, the device has the next token's before the host has waited for this one's.
+TEST_P(GenerationTest, TheNextTokensStepIsLaunchedBeforeThisOneIsKnown) {
+  Make();
+  const std::shared_ptr<Lane> lane = batcher_->OpenLane(0);
+  const auto call = Generate(lane, RandomIds(1, 5), 6, /*keep_state=*/false);
+  for (int turn = 1; turn <= 6; ++turn) {
+    EXPECT_TRUE(batcher_->RunOnce());
+    EXPECT_EQ(static_cast<int>(model_->launched().size()), turn);
+    EXPECT_EQ(static_cast<int>(call->tokens.size()), turn - (GetParam() - 1));
+  }
+  RunAll();
+  EXPECT_EQ(model_->launched().size(), 6u);
+  EXPECT_EQ(call->tokens.size(), 6u);
+  ExpectAtRest(0);
+}
+
 TEST_P(GenerationTest, GeneratesBehindAPromptAndKeepsNothing) {
   Make();
   const std::vector<int64_t> prompt = RandomIds(1, 5);
