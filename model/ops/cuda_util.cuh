@@ -48,10 +48,11 @@ __device__ inline float BlockSum(float x, float* scratch) {
   return WarpSum(threadIdx.x % 32 < warps ? scratch[threadIdx.x % 32] : 0.0f);
 }
 
-// Threads of a block that works on `width` values: a multiple of 32, at most 256.
+// Threads of a block that works on `width` values: a multiple of 32, at most kMostThreads.
+constexpr int kMostThreads = 256;
 inline int BlockThreads(int64_t width) {
   const int64_t threads = (width + 31) / 32 * 32;
-  return static_cast<int>(threads < 256 ? threads : 256);
+  return static_cast<int>(threads < kMostThreads ? threads : kMostThreads);
 }
 
 }  // namespace deltanet

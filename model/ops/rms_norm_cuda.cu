@@ -1,12 +1,28 @@
-// Residual addition and RMSNorm on a GPU, a block an output row: x and delta are read once for the sum of
-// squares and again (from the L1) for the result.
+// Residual addition and RMSNorm on a GPU, a block an output row. A thread holds up to kMostHeld times four
+// neighbouring values of the row in registers from the sum of squares to the result, so that all is read
+// once, 16 bytes at a time (8 of bfloat16). The sum goes out, and the scale is on its way in, while the block
+// adds up its squares. Rows that are wider, or not aligned so, go value by value, and their inputs are read a
+// second time (from the L1).
+//
+// Bytes a token: (8 + 2) d for x, sum and bfloat16 delta, and 2 d for bfloat16 normed: 24 KiB at d = 2048,
+// 403 MB for 16,384 tokens, which take 94 us at 4.3 TB/s.
 #include <cstdint>
 
 #include "model/ops/cuda_kernels.h"
 #include "model/ops/cuda_util.cuh"
+#include "model/ops/cuda_vector.cuh"
 
 namespace deltanet {
 namespace {
+
+constexpr int kVector = 4;    // Values of a row that are neighbours in a thread.
+constexpr int kMostHeld = 8;  // Vectors of a thread.
+
+// The factor of an RMSNorm over `width` values whose sum of squares the block's threads have in parts.
+__device__ inline float RmsFactor(float squares, int64_t width, const RmsEpsilon& epsilon, float* scratch) {
+  const float mean = BlockSum(squares, scratch) / static_cast<float>(width);
+  return 1.0f / (sqrtf(mean + epsilon.inside) + epsilon.after);
+}
 
 template <typename X, typename T>
 __global__ void AddRmsNormKernel(AddRmsNormArgs args) {
@@ -29,8 +45,7 @@ __global__ void AddRmsNormKernel(AddRmsNormArgs args) {
       const float sum = value(i);
       squares = fmaf(sum, sum, squares);
     }
-    const float mean = BlockSum(squares, scratch) / static_cast<float>(d);
-    factor = 1.0f / (sqrtf(mean + args.epsilon.inside) + args.epsilon.after);
+    factor = RmsFactor(squares, d, args.epsilon, scratch);
   }
   // A thread writes only where it alone reads, after it has read, so sum and normed may be x or delta.
   for (int64_t i = threadIdx.x; i < d; i += blockDim.x) {
@@ -46,13 +61,85 @@ __global__ void AddRmsNormKernel(AddRmsNormArgs args) {
   }
 }
 
-template <typename X>
-void Launch(const AddRmsNormArgs& args, cudaStream_t stream) {
-  const int threads = BlockThreads(args.width);
-  if (args.delta_dtype == DType::kBFloat16) {
-    AddRmsNormKernel<X, __nv_bfloat16><<<args.rows, threads, 0, stream>>>(args);
+// The same for float32 x, rows aligned, of at most kVector kHeld values a thread.
+template <typename T, int kHeld>
+__global__ void AddRmsNormHeldKernel(AddRmsNormArgs args) {
+  __shared__ float scratch[32];
+  const int64_t n = blockIdx.x;
+  const int d = static_cast<int>(args.width);
+  const int64_t from = (args.gather != nullptr ? args.gather[n] : n) * d, to = n * d;
+  // Calls body(h, i) for the thread's vectors h, which begin at value i of the row.
+  const auto for_held = [&](auto body) {
+#pragma unroll
+    for (int h = 0; h < kHeld; ++h) {
+      const int i = kVector * static_cast<int>(h * blockDim.x + threadIdx.x);
+      if (i < d) body(h, i);
+    }
+  };
+  float held[kHeld][kVector], scale[kHeld][kVector];
+  for_held([&](int h, int i) { Load<kVector>(static_cast<const float*>(args.x) + from + i, held[h]); });
+  const auto add = [&](const auto* values) {
+    for_held([&](int h, int i) {
+      float more[kVector];
+      Load<kVector>(values + i, more);
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) held[h][j] += more[j];
+    });
+  };
+  if (args.delta != nullptr) add(static_cast<const T*>(args.delta) + from);
+  if (args.bias != nullptr) add(args.bias);
+  if (args.scale != nullptr) for_held([&](int h, int i) { Load<kVector>(args.scale + i, scale[h]); });
+  // A thread has read all that it writes over, so sum and normed may be x or delta.
+  if (args.sum != nullptr) for_held([&](int h, int i) { Store<kVector>(held[h], args.sum + to + i); });
+  if (args.normed == nullptr) return;
+  if (args.scale != nullptr) {
+    float squares = 0;
+    for_held([&](int h, int) {
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) squares = fmaf(held[h][j], held[h][j], squares);
+    });
+    const float factor = RmsFactor(squares, d, args.epsilon, scratch);
+    for_held([&](int h, int) {
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) held[h][j] = held[h][j] * factor * scale[h][j];
+    });
+  }
+  if (args.normed_dtype == DType::kBFloat16) {
+    for_held(
+        [&](int h, int i) { Store<kVector>(held[h], static_cast<__nv_bfloat16*>(args.normed) + to + i); });
   } else {
-    AddRmsNormKernel<X, float><<<args.rows, threads, 0, stream>>>(args);
+    for_held([&](int h, int i) { Store<kVector>(held[h], static_cast<float*>(args.normed) + to + i); });
+  }
+}
+
+// float32 x, T delta, rows that a block's threads can hold.
+template <typename T>
+void LaunchHeld(const AddRmsNormArgs& args, cudaStream_t stream) {
+  const unsigned rows = static_cast<unsigned>(args.rows);
+  const int64_t vectors = args.width / kVector;
+  const int threads = BlockThreads(vectors);
+  if (vectors <= threads) {
+    AddRmsNormHeldKernel<T, 1><<<rows, threads, 0, stream>>>(args);
+  } else if (vectors <= 2 * threads) {
+    AddRmsNormHeldKernel<T, 2><<<rows, threads, 0, stream>>>(args);
+  } else if (vectors <= 4 * threads) {
+    AddRmsNormHeldKernel<T, 4><<<rows, threads, 0, stream>>>(args);
+  } else {
+    AddRmsNormHeldKernel<T, kMostHeld><<<rows, threads, 0, stream>>>(args);
+  }
+}
+
+template <typename T>
+void Launch(const AddRmsNormArgs& args, cudaStream_t stream) {
+  const unsigned rows = static_cast<unsigned>(args.rows);
+  const int threads = BlockThreads(args.width);
+  if (args.x_dtype == DType::kBFloat16) {
+    AddRmsNormKernel<__nv_bfloat16, T><<<rows, threads, 0, stream>>>(args);
+  } else if (args.width % kVector == 0 && args.width <= kVector * kMostHeld * kMostThreads &&
+             Aligned16({args.x, args.delta, args.bias, args.sum, args.scale, args.normed})) {
+    LaunchHeld<T>(args, stream);
+  } else {
+    AddRmsNormKernel<float, T><<<rows, threads, 0, stream>>>(args);
   }
 }
 
@@ -61,7 +148,7 @@ void Launch(const AddRmsNormArgs& args, cudaStream_t stream) {
 absl::Status AddRmsNormCuda(const AddRmsNormArgs& args, void* stream) {
   if (args.rows == 0) return absl::OkStatus();
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  if (args.x_dtype == DType::kBFloat16) {
+  if (args.delta_dtype == DType::kBFloat16) {
     Launch<__nv_bfloat16>(args, cuda_stream);
   } else {
     Launch<float>(args, cuda_stream);

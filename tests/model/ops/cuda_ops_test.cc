@@ -334,19 +334,23 @@ TEST_P(CudaConvQkvTest, KeysOfZeroStayZeroAndNaNShows) {
 
 INSTANTIATE_TEST_SUITE_P(DTypes, CudaConvQkvTest, BothDTypes(), DTypeParamName);
 
-const int64_t kWidths[] = {1, 3, 7, 16, 17, 64, 100, 129, 256, 300, 1025};
+// Those of which a thread holds one, two, four or eight vectors, full and not, and those that are too wide.
+const int64_t kNormWidths[] = {1,    3,    16,   17,   64,   100,  300,  1025,
+                               1024, 1028, 2048, 2052, 3000, 5004, 8192, 8196};
 
 class CudaNormTest : public CudaTest {};
 
 TEST_P(CudaNormTest, MatchesTheReferenceWithAndWithoutEachPart) {
-  for (const int64_t d : kWidths) {
+  for (const int64_t d : kNormWidths) {
     for (const DType normed : {DType::kFloat32, DType::kBFloat16}) {
       // x is bfloat16 in a third of the cases, which have every part and every dtype of the others.
-      for (int parts = 0; parts < NormProblem::kPartsEnd; ++parts) {
-        SCOPED_TRACE("width " + std::to_string(d) + " parts " + std::to_string(parts));
+      for (int parts = 0; parts < 2 * NormProblem::kPartsEnd; ++parts) {
+        const bool aligned = parts >= NormProblem::kPartsEnd;
         const DType x = (parts + d) % 3 == 0 ? DType::kBFloat16 : DType::kFloat32;
-        NormProblem problem(d, parts, dtype(), normed, x);
-        Mirror mirror(/*aligned=*/d % 16 == 0);
+        SCOPED_TRACE("width " + std::to_string(d) + " parts " + std::to_string(parts) +
+                     (aligned ? " aligned" : ""));
+        NormProblem problem(d, parts % NormProblem::kPartsEnd, dtype(), normed, x);
+        Mirror mirror(aligned);
         AddRmsNormArgs args = problem.args;
         args.x = mirror.Copy(problem.x, x);
         if (args.gather != nullptr) args.gather = mirror.Copy(problem.gather);
@@ -366,7 +370,7 @@ TEST_P(CudaNormTest, MatchesTheReferenceWithAndWithoutEachPart) {
 
 TEST_P(CudaNormTest, InPlaceGivesTheSameBits) {
   constexpr int64_t kRows = 5;
-  for (const int64_t d : kWidths) {
+  for (const int64_t d : kNormWidths) {
     const auto filled = [&](uint32_t seed) {
       Guarded values(kRows * d);
       const std::vector<float> random = Rounded(RandomNormal(kRows * d, seed), dtype());
@@ -378,9 +382,9 @@ TEST_P(CudaNormTest, InPlaceGivesTheSameBits) {
     struct Result {
       Guarded x, delta, sum, normed;
     };
-    const auto run = [&](int choice) {
+    const auto run = [&](int choice, bool aligned) {
       Result result{filled(5), filled(6), Guarded(kRows * d), Guarded(kRows * d)};
-      Mirror mirror;
+      Mirror mirror(aligned);
       float* const x = mirror.Map(&result.x);
       char* const delta = mirror.Map(&result.delta, dtype());
       AddRmsNormArgs args{.rows = kRows,
@@ -403,25 +407,29 @@ TEST_P(CudaNormTest, InPlaceGivesTheSameBits) {
       return result;
     };
     const int64_t values = kRows * d;
-    Result apart = run(0), both = run(1), in_delta = run(2), in_x = run(3);
-    EXPECT_TRUE(SameBits(both.x.data(), apart.sum.data(), values)) << d;
-    EXPECT_TRUE(SameBits(both.delta.data(), apart.normed.data(), values)) << d;
-    EXPECT_TRUE(SameBits(in_delta.sum.data(), apart.sum.data(), values)) << d;
-    EXPECT_TRUE(SameBits(in_delta.delta.data(), apart.normed.data(), values)) << d;
-    EXPECT_TRUE(SameBits(in_x.x.data(), apart.sum.data(), values)) << d;
-    EXPECT_TRUE(SameBits(in_x.normed.data(), apart.normed.data(), values)) << d;
+    for (const bool aligned : {false, true}) {
+      SCOPED_TRACE("width " + std::to_string(d) + (aligned ? " aligned" : ""));
+      Result apart = run(0, aligned), both = run(1, aligned), in_delta = run(2, aligned),
+             in_x = run(3, aligned);
+      EXPECT_TRUE(SameBits(both.x.data(), apart.sum.data(), values));
+      EXPECT_TRUE(SameBits(both.delta.data(), apart.normed.data(), values));
+      EXPECT_TRUE(SameBits(in_delta.sum.data(), apart.sum.data(), values));
+      EXPECT_TRUE(SameBits(in_delta.delta.data(), apart.normed.data(), values));
+      EXPECT_TRUE(SameBits(in_x.x.data(), apart.sum.data(), values));
+      EXPECT_TRUE(SameBits(in_x.normed.data(), apart.normed.data(), values));
+    }
   }
 }
 
 // As the engine does it after a feed-forward: the norm of the sum takes the place of x.
 TEST_P(CudaNormTest, NormedInPlaceOfX) {
   constexpr int64_t kRows = 5;
-  for (const int64_t d : kWidths) {
+  for (const int64_t d : kNormWidths) {
     const std::vector<float> x = RandomNormal(kRows * d, 5), scale = RandomNormal(d, 8),
                              delta = Rounded(RandomNormal(kRows * d, 6), dtype());
     Guarded apart(kRows * d), in_place(kRows * d);
     std::copy(x.begin(), x.end(), in_place.data());
-    Mirror mirror;
+    Mirror mirror(/*aligned=*/d % 4 == 0);
     AddRmsNormArgs args{.rows = kRows,
                         .width = d,
                         .x = mirror.Copy(x),
@@ -441,12 +449,12 @@ TEST_P(CudaNormTest, NormedInPlaceOfX) {
 }
 
 TEST_P(CudaNormTest, WithoutAScaleOnlyTheSumIsWritten) {
-  for (const int64_t d : kWidths) {
+  for (const int64_t d : kNormWidths) {
     const std::vector<float> x = RandomNormal(3 * d, 13), bias = RandomNormal(d, 14);
     std::vector<float> want(3 * d);
     for (int64_t i = 0; i < 3 * d; ++i) want[i] = x[i] + bias[i % d];
     Guarded sum(3 * d), normed(3 * d);
-    Mirror mirror;
+    Mirror mirror(/*aligned=*/d % 4 == 0);
     AddRmsNormArgs args{
         .rows = 3, .width = d, .x = mirror.Copy(x), .bias = mirror.Copy(bias), .sum = mirror.Map(&sum)};
     ASSERT_TRUE(AddRmsNorm(args, mirror.context()).ok());
@@ -478,6 +486,8 @@ TEST_P(CudaNormTest, ZerosStayZero) {
 }
 
 INSTANTIATE_TEST_SUITE_P(DTypes, CudaNormTest, BothDTypes(), DTypeParamName);
+
+const int64_t kWidths[] = {1, 3, 7, 16, 17, 64, 100, 129, 256, 300, 1025};
 
 class CudaElementwiseTest : public CudaTest {
  protected:
