@@ -1,9 +1,13 @@
-// Gated units, the embedding lookup and what is carried between steps on a GPU: a thread a value, each read
-// and written once.
+// Gated units, the embedding lookup and what is carried between steps on a GPU, each value read and written
+// once: a thread a value, in gated units 16 bytes of them where a row's width and place allow.
+//
+// Bytes a token of a gated unit: 3 f values: 33 KiB of bfloat16 at f = 5632, 554 MB for 16,384 tokens, which
+// take 129 us at 4.3 TB/s.
 #include <cstdint>
 
 #include "model/ops/cuda_kernels.h"
 #include "model/ops/cuda_util.cuh"
+#include "model/ops/cuda_vector.cuh"
 
 namespace deltanet {
 namespace {
@@ -11,19 +15,46 @@ namespace {
 constexpr int kThreads = 256;
 
 template <typename T>
+__device__ inline float Gated(GateKind kind, float first, float second) {
+  return kind == GateKind::kSigmoidSecond ? first * SigmoidFor<T>(second)
+                                          : first * SigmoidFor<T>(first) * second;
+}
+
+// A block is a piece of a row, a thread kN neighbouring values of it.
+template <typename T, int kN>
 __global__ void GatedUnitKernel(GatedUnitArgs args) {
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (index >= args.rows * args.width) return;
-  const int64_t n = index / args.width, i = index % args.width;
-  const T* x = static_cast<const T*>(args.x) + n * 2 * args.width;
-  float first = ToFloat(x[i]), second = ToFloat(x[args.width + i]);
+  const int64_t n = blockIdx.x, f = args.width;
+  const int64_t i = kN * (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x);
+  if (i >= f) return;
+  const T* const x = static_cast<const T*>(args.x) + n * 2 * f + i;
+  float first[kN], second[kN];
+  Load<kN>(x, first);
+  Load<kN>(x + f, second);
   if (args.bias != nullptr) {
-    first += args.bias[i];
-    second += args.bias[args.width + i];
+    float first_bias[kN], second_bias[kN];
+    Load<kN>(args.bias + i, first_bias);
+    Load<kN>(args.bias + f + i, second_bias);
+#pragma unroll
+    for (int j = 0; j < kN; ++j) first[j] += first_bias[j], second[j] += second_bias[j];
   }
-  const float out =
-      args.kind == GateKind::kSigmoidSecond ? first * Sigmoid(second) : first * Sigmoid(first) * second;
-  static_cast<T*>(args.out)[index] = FromFloat<T>(out);
+#pragma unroll
+  for (int j = 0; j < kN; ++j) first[j] = Gated<T>(args.kind, first[j], second[j]);
+  Store<kN>(first, static_cast<T*>(args.out) + n * f + i);
+}
+
+template <typename T>
+void LaunchGatedUnit(const GatedUnitArgs& args, cudaStream_t stream) {
+  constexpr int kN = 16 / sizeof(T);
+  const auto grid = [&](int64_t vectors, int threads) {
+    return dim3(static_cast<unsigned>(args.rows), static_cast<unsigned>((vectors + threads - 1) / threads));
+  };
+  if (args.width % kN == 0 && Aligned16({args.x, args.bias, args.out})) {
+    const int threads = BlockThreads(args.width / kN);
+    GatedUnitKernel<T, kN><<<grid(args.width / kN, threads), threads, 0, stream>>>(args);
+  } else {
+    const int threads = BlockThreads(args.width);
+    GatedUnitKernel<T, 1><<<grid(args.width, threads), threads, 0, stream>>>(args);
+  }
 }
 
 template <typename T>
@@ -66,9 +97,9 @@ absl::Status GatedUnitCuda(const GatedUnitArgs& args, void* stream) {
   if (args.rows == 0) return absl::OkStatus();
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   if (args.dtype == DType::kBFloat16) {
-    GatedUnitKernel<__nv_bfloat16><<<Blocks(args.rows * args.width), kThreads, 0, cuda_stream>>>(args);
+    LaunchGatedUnit<__nv_bfloat16>(args, cuda_stream);
   } else {
-    GatedUnitKernel<float><<<Blocks(args.rows * args.width), kThreads, 0, cuda_stream>>>(args);
+    LaunchGatedUnit<float>(args, cuda_stream);
   }
   return LaunchStatus("GatedUnitKernel");
 }

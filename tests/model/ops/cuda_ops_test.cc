@@ -487,8 +487,6 @@ TEST_P(CudaNormTest, ZerosStayZero) {
 
 INSTANTIATE_TEST_SUITE_P(DTypes, CudaNormTest, BothDTypes(), DTypeParamName);
 
-const int64_t kWidths[] = {1, 3, 7, 16, 17, 64, 100, 129, 256, 300, 1025};
-
 class CudaElementwiseTest : public CudaTest {
  protected:
   // Runs over [rows, 2f] values, which `dtype()` holds.
@@ -513,16 +511,18 @@ class CudaElementwiseTest : public CudaTest {
 };
 
 TEST_P(CudaElementwiseTest, GatedUnitMatchesTheReference) {
-  for (const int64_t f : kWidths) {
+  for (const int64_t f : {1, 3, 7, 8, 12, 16, 17, 64, 100, 129, 256, 300, 1025, 1028, 2056}) {
     constexpr int64_t kRows = 6;
     const std::vector<float> x = Rounded(RandomNormal(kRows * 2 * f, 9, 3.0f), dtype()),
                              bias = RandomNormal(2 * f, 10);
     for (const GateKind kind : {GateKind::kSigmoidSecond, GateKind::kSiluFirst}) {
       for (const float* b : {static_cast<const float*>(nullptr), bias.data()}) {
-        Guarded out = Gated(kind, kRows, f, x, b, /*aligned=*/f % 16 == 0);
-        ExpectAsGoodAsPlain(out.data(), GatedReference<float>(kind, kRows, f, x, b).data(),
-                            GatedReference<double>(kind, kRows, f, x, b).data(), kRows * f, std::to_string(f),
-                            dtype());
+        for (const bool aligned : {false, true}) {
+          Guarded out = Gated(kind, kRows, f, x, b, aligned);
+          ExpectAsGoodAsPlain(out.data(), GatedReference<float>(kind, kRows, f, x, b).data(),
+                              GatedReference<double>(kind, kRows, f, x, b).data(), kRows * f,
+                              std::to_string(f), dtype());
+        }
       }
     }
   }
@@ -555,12 +555,14 @@ TEST_P(CudaElementwiseTest, ExtremesAndNonFiniteValues) {
   const int64_t f = static_cast<int64_t>(second.size());
   std::vector<float> x(f, 2.0f);
   x.insert(x.end(), second.begin(), second.end());
-  Guarded out = Gated(GateKind::kSigmoidSecond, 1, f, x, nullptr);
-  for (int64_t i = 0; i < f; ++i) {
-    if (std::isnan(want[i])) {
-      EXPECT_TRUE(std::isnan(out[i]));
-    } else {
-      EXPECT_NEAR(out[i], want[i], 1e-37) << second[i];
+  for (const bool aligned : {false, true}) {
+    Guarded out = Gated(GateKind::kSigmoidSecond, 1, f, x, nullptr, aligned);
+    for (int64_t i = 0; i < f; ++i) {
+      if (std::isnan(want[i])) {
+        EXPECT_TRUE(std::isnan(out[i]));
+      } else {
+        EXPECT_NEAR(out[i], want[i], 1e-37) << second[i];
+      }
     }
   }
 }

@@ -210,8 +210,8 @@ struct SigmoidExtremes {
 };
 inline SigmoidExtremes ExtremesOfSigmoid() {
   const float inf = std::numeric_limits<float>::infinity(), big = 3e38f;
-  return {{inf, -inf, big, -big, 0.0f, -0.0f, kNaN, 88.8f, -88.8f, 1e-40f},
-          {2, 0, 2, 0, 1, 1, kNaN, 2, 0, 1}};
+  return {{inf, -inf, big, -big, 0.0f, -0.0f, kNaN, 88.8f, -88.8f, 1e-40f, 200, -200, -inf, inf, kNaN, 0.0f},
+          {2, 0, 2, 0, 1, 1, kNaN, 2, 0, 1, 2, 0, 0, 2, kNaN, 1}};
 }
 
 }  // namespace deltanet
