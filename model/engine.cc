@@ -33,6 +33,7 @@
 #include "model/ops/delta_rule_plan.h"
 #include "model/ops/elementwise.h"
 #include "model/ops/gemm.h"
+#include "model/ops/output_norm.h"
 #include "model/ops/readout.h"
 #include "model/ops/rms_norm.h"
 #include "model/ops/rows.h"
@@ -818,27 +819,21 @@ class Engine final : public Model {
   // What the delta rule gave, normed (and gated) for the product behind it.
   absl::Status NormMixed(int64_t n, const LayerWeights& layer, const OpContext& context) {
     Workspace& w = workspace_;
-    const int64_t value_width = weights_.heads * weights_.value_dim;
-    AddRmsNormArgs norm;
-    norm.rows = weights_.norm_per_head ? n * weights_.heads : n;
-    norm.width = weights_.norm_per_head ? weights_.value_dim : value_width;
-    norm.x_dtype = weights_.dtype;
+    OutputNormArgs norm;
+    norm.rows = n;
+    norm.groups = weights_.norm_per_head ? weights_.heads : 1;
+    norm.width = weights_.norm_per_head ? weights_.value_dim : weights_.heads * weights_.value_dim;
+    norm.dtype = weights_.dtype;
     norm.x = w.mixed;
     norm.scale = layer.out_norm;
     norm.epsilon = weights_.epsilon;
-    norm.normed_dtype = weights_.dtype;
-    norm.normed = w.normed;
-    RETURN_IF_ERROR(AddRmsNorm(norm, context));
-    if (!weights_.has_output_gate) return absl::OkStatus();
-    SiluGateArgs gate;
-    gate.rows = n;
-    gate.width = value_width;
-    gate.dtype = weights_.dtype;
-    gate.gate = static_cast<const char*>(w.z) +
-                (QkvWidth(weights_) + (weights_.has_beta ? weights_.heads : 0)) * DTypeBytes(weights_.dtype);
-    gate.gate_stride = w.z_stride;
-    gate.x = w.normed;
-    return SiluGate(gate, context);
+    if (weights_.has_output_gate) {
+      norm.gate = static_cast<const char*>(w.z) +
+                  (QkvWidth(weights_) + (weights_.has_beta ? weights_.heads : 0)) * DTypeBytes(weights_.dtype);
+      norm.gate_stride = w.z_stride;
+    }
+    norm.out = w.normed;
+    return OutputNorm(norm, context);
   }
 
   // One layer; the residual stream `x` [N, d] in place.

@@ -8,6 +8,7 @@
 #include "model/ops/conv_qkv.h"
 #include "model/ops/delta_rule.h"
 #include "model/ops/elementwise.h"
+#include "model/ops/output_norm.h"
 #include "model/ops/readout.h"
 #include "model/ops/rms_norm.h"
 #include "model/ops/short_conv.h"
@@ -20,7 +21,7 @@ absl::Status ConvQkvActivationCuda(const RaggedRows& rows, const ConvQkvActivati
 absl::Status ShortConvQkvCuda(const RaggedRows& rows, const ShortConvQkvArgs& args, void* stream);
 absl::Status AddRmsNormCuda(const AddRmsNormArgs& args, void* stream);
 absl::Status GatedUnitCuda(const GatedUnitArgs& args, void* stream);
-absl::Status SiluGateCuda(const SiluGateArgs& args, void* stream);
+absl::Status OutputNormCuda(const OutputNormArgs& args, void* stream);
 absl::Status EmbedCuda(const RaggedRows& rows, const EmbedArgs& args, void* stream);
 absl::Status CarryCuda(const RaggedRows& rows, const CarryArgs& args, void* stream);
 absl::Status ReadoutCuda(const ReadoutArgs& args, void* stream);

@@ -40,25 +40,6 @@ absl::Status GatedUnit(const GatedUnitArgs& args, const OpContext& context) {
   return absl::OkStatus();
 }
 
-absl::Status SiluGate(const SiluGateArgs& args, const OpContext& context) {
-  RETURN_IF_ERROR(CheckSizes("output gate", args.rows, args.width));
-  if (args.gate_stride < args.width) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("output gate's gate_stride is ", args.gate_stride, ", want at least ", args.width));
-  }
-  RETURN_IF_ERROR(CheckKernels(context, {args.dtype}));
-  CUDA_DOOR(SiluGateCuda(args, context.stream));
-  const CpuKernels& kernels = ActiveCpuKernels();
-  const int64_t width = args.width;
-  context.parallel_for(args.rows, GrainFor(kMinElements, width), [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      kernels.silu_gate(width, static_cast<const float*>(args.gate) + n * args.gate_stride,
-                        static_cast<float*>(args.x) + n * width);
-    }
-  });
-  return absl::OkStatus();
-}
-
 absl::Status Embed(const RaggedRows& rows, const EmbedArgs& args, const OpContext& context) {
   RETURN_IF_ERROR(CheckSizes("embedding", rows.tokens, args.width));
   RETURN_IF_ERROR(CheckKernels(context, {args.dtype}));

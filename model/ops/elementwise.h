@@ -25,17 +25,6 @@ struct GatedUnitArgs {
 };
 absl::Status GatedUnit(const GatedUnitArgs& args, const OpContext& context);
 
-// out = x * silu(gate): the output gate of `delta_net`.
-struct SiluGateArgs {
-  int64_t rows = 0;               // N
-  int64_t width = 0;              // HV
-  DType dtype = DType::kFloat32;  // Of gate and x: float32, on CUDA also bfloat16.
-  const void* gate = nullptr;     // Row n at gate + n * gate_stride.
-  int64_t gate_stride = 0;        // Elements.
-  void* x = nullptr;              // [N, HV], in place; must not overlap gate.
-};
-absl::Status SiluGate(const SiluGateArgs& args, const OpContext& context);
-
 // In the place of an id: the one that is in the token's base slot (see EmbedArgs::sampled).
 inline constexpr int64_t kSampledId = -1;
 

@@ -58,16 +58,6 @@ void LaunchGatedUnit(const GatedUnitArgs& args, cudaStream_t stream) {
 }
 
 template <typename T>
-__global__ void SiluGateKernel(SiluGateArgs args) {
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (index >= args.rows * args.width) return;
-  const int64_t n = index / args.width, i = index % args.width;
-  const float gate = ToFloat(static_cast<const T*>(args.gate)[n * args.gate_stride + i]);
-  T* x = static_cast<T*>(args.x) + index;
-  *x = FromFloat<T>(ToFloat(*x) * (gate * Sigmoid(gate)));
-}
-
-template <typename T>
 __global__ void EmbedKernel(RaggedRows rows, EmbedArgs args) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= rows.tokens * args.width) return;
@@ -102,17 +92,6 @@ absl::Status GatedUnitCuda(const GatedUnitArgs& args, void* stream) {
     LaunchGatedUnit<float>(args, cuda_stream);
   }
   return LaunchStatus("GatedUnitKernel");
-}
-
-absl::Status SiluGateCuda(const SiluGateArgs& args, void* stream) {
-  if (args.rows == 0) return absl::OkStatus();
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  if (args.dtype == DType::kBFloat16) {
-    SiluGateKernel<__nv_bfloat16><<<Blocks(args.rows * args.width), kThreads, 0, cuda_stream>>>(args);
-  } else {
-    SiluGateKernel<float><<<Blocks(args.rows * args.width), kThreads, 0, cuda_stream>>>(args);
-  }
-  return LaunchStatus("SiluGateKernel");
 }
 
 absl::Status EmbedCuda(const RaggedRows& rows, const EmbedArgs& args, void* stream) {

@@ -19,8 +19,7 @@ struct RmsEpsilon {
 struct AddRmsNormArgs {
   int64_t rows = 0;                     // N
   int64_t width = 0;                    // d
-  DType x_dtype = DType::kFloat32;      // float32, on CUDA also bfloat16.
-  const void* x = nullptr;              // [*, d]
+  const float* x = nullptr;             // [*, d]
   const int32_t* gather = nullptr;      // [N] Row of x (and of delta) that output row n takes; null: row n.
   DType delta_dtype = DType::kFloat32;  // float32, on CUDA also bfloat16.
   const void* delta = nullptr;          // [*, d] Added to x; null: nothing.
@@ -35,7 +34,8 @@ struct AddRmsNormArgs {
                            // if that has its dtype and gather is null.
 };
 
-// Bytes a token: 4d (2d, if bfloat16) for each of x, delta, sum, normed that is there. INVALID_ARGUMENT on sizes or device.
+// Bytes a token: 4d (2d, if bfloat16) for each of x, delta, sum, normed that is there. INVALID_ARGUMENT on
+// sizes or device.
 absl::Status AddRmsNorm(const AddRmsNormArgs& args, const OpContext& context);
 
 }  // namespace deltanet

@@ -24,16 +24,16 @@ __device__ inline float RmsFactor(float squares, int64_t width, const RmsEpsilon
   return 1.0f / (sqrtf(mean + epsilon.inside) + epsilon.after);
 }
 
-template <typename X, typename T>
+template <typename T>
 __global__ void AddRmsNormKernel(AddRmsNormArgs args) {
   __shared__ float scratch[32];
   const int64_t n = blockIdx.x;
   const int64_t d = args.width;
   const int64_t from = args.gather != nullptr ? args.gather[n] : n;
-  const X* x = static_cast<const X*>(args.x) + from * d;
+  const float* x = args.x + from * d;
   const T* delta = args.delta != nullptr ? static_cast<const T*>(args.delta) + from * d : nullptr;
   const auto value = [&](int64_t i) {
-    float sum = ToFloat(x[i]);
+    float sum = x[i];
     if (delta != nullptr) sum += ToFloat(delta[i]);
     if (args.bias != nullptr) sum += args.bias[i];
     return sum;
@@ -61,7 +61,7 @@ __global__ void AddRmsNormKernel(AddRmsNormArgs args) {
   }
 }
 
-// The same for float32 x, rows aligned, of at most kVector kHeld values a thread.
+// The same for aligned rows of at most kVector kHeld values a thread.
 template <typename T, int kHeld>
 __global__ void AddRmsNormHeldKernel(AddRmsNormArgs args) {
   __shared__ float scratch[32];
@@ -77,7 +77,7 @@ __global__ void AddRmsNormHeldKernel(AddRmsNormArgs args) {
     }
   };
   float held[kHeld][kVector], scale[kHeld][kVector];
-  for_held([&](int h, int i) { Load<kVector>(static_cast<const float*>(args.x) + from + i, held[h]); });
+  for_held([&](int h, int i) { Load<kVector>(args.x + from + i, held[h]); });
   const auto add = [&](const auto* values) {
     for_held([&](int h, int i) {
       float more[kVector];
@@ -112,7 +112,7 @@ __global__ void AddRmsNormHeldKernel(AddRmsNormArgs args) {
   }
 }
 
-// float32 x, T delta, rows that a block's threads can hold.
+// Rows that a block's threads can hold.
 template <typename T>
 void LaunchHeld(const AddRmsNormArgs& args, cudaStream_t stream) {
   const unsigned rows = static_cast<unsigned>(args.rows);
@@ -133,13 +133,11 @@ template <typename T>
 void Launch(const AddRmsNormArgs& args, cudaStream_t stream) {
   const unsigned rows = static_cast<unsigned>(args.rows);
   const int threads = BlockThreads(args.width);
-  if (args.x_dtype == DType::kBFloat16) {
-    AddRmsNormKernel<__nv_bfloat16, T><<<rows, threads, 0, stream>>>(args);
-  } else if (args.width % kVector == 0 && args.width <= kVector * kMostHeld * kMostThreads &&
-             Aligned16({args.x, args.delta, args.bias, args.sum, args.scale, args.normed})) {
+  if (args.width % kVector == 0 && args.width <= kVector * kMostHeld * kMostThreads &&
+      Aligned16({args.x, args.delta, args.bias, args.sum, args.scale, args.normed})) {
     LaunchHeld<T>(args, stream);
   } else {
-    AddRmsNormKernel<float, T><<<rows, threads, 0, stream>>>(args);
+    AddRmsNormKernel<T><<<rows, threads, 0, stream>>>(args);
   }
 }
 

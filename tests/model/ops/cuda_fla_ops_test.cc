@@ -9,7 +9,7 @@
 #include "gtest/gtest.h"
 #include "model/ops/carry.h"
 #include "model/ops/elementwise.h"
-#include "model/ops/rms_norm.h"
+#include "model/ops/output_norm.h"
 #include "model/ops/short_conv.h"
 #include "tests/model/ops/carry_problem.h"
 #include "tests/model/ops/cuda_test_util.h"
@@ -74,25 +74,71 @@ TEST_P(CudaShortConvTest, ZeroKeysStayZeroAndExtremesAreRight) {
 
 INSTANTIATE_TEST_SUITE_P(DTypes, CudaShortConvTest, BothDTypes(), DTypeParamName);
 
-class CudaSiluGateTest : public CudaTest {};
+class CudaOutputNormTest : public CudaTest {};
 
-TEST_P(CudaSiluGateTest, MatchesTheReference) {
-  for (const int64_t width : kWidths) {
-    for (const bool aligned : {false, true}) {
-      SiluGateProblem problem(width, dtype());
+TEST_P(CudaOutputNormTest, MatchesTheReference) {
+  for (const bool aligned : {false, true}) {
+    ForEachOutputNorm([&](int64_t groups, int64_t width, bool gated) {
+      OutputNormProblem problem(groups, width, gated, dtype(), /*gate_padding=*/aligned ? 8 : 3);
       Mirror mirror(aligned);
-      SiluGateArgs args = problem.Args();
-      args.gate = mirror.Copy(problem.gate, dtype());
-      args.x = mirror.Map(&problem.x, dtype());
-      const absl::Status status = SiluGate(args, mirror.context());
+      OutputNormArgs args = problem.Args();
+      args.x = mirror.Copy(problem.x, dtype());
+      args.scale = mirror.Copy(problem.scale);
+      if (gated) args.gate = mirror.Copy(problem.gate, dtype());
+      args.out = mirror.Map(&problem.out, dtype());
+      const absl::Status status = OutputNorm(args, mirror.context());
       ASSERT_TRUE(status.ok()) << status;
       mirror.Finish();
       problem.Compare();
-    }
+    });
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(DTypes, CudaSiluGateTest, BothDTypes(), DTypeParamName);
+TEST_P(CudaOutputNormTest, InPlaceGivesTheSameBits) {
+  for (const bool aligned : {false, true}) {
+    ForEachOutputNorm([&](int64_t groups, int64_t width, bool gated) {
+      OutputNormProblem problem(groups, width, gated, dtype(), /*gate_padding=*/aligned ? 8 : 3);
+      Guarded in_place(problem.out.size());
+      std::copy(problem.x.begin(), problem.x.end(), in_place.data());
+      Mirror mirror(aligned);
+      OutputNormArgs args = problem.Args();
+      args.x = mirror.Copy(problem.x, dtype());
+      args.scale = mirror.Copy(problem.scale);
+      if (gated) args.gate = mirror.Copy(problem.gate, dtype());
+      args.out = mirror.Map(&problem.out, dtype());
+      ASSERT_TRUE(OutputNorm(args, mirror.context()).ok());
+      args.x = args.out = mirror.Map(&in_place, dtype());
+      ASSERT_TRUE(OutputNorm(args, mirror.context()).ok());
+      mirror.Finish();
+      EXPECT_TRUE(SameBits(in_place.data(), problem.out.data(), problem.out.size()));
+      EXPECT_TRUE(in_place.GuardsIntact());
+    });
+  }
+}
+
+TEST_P(CudaOutputNormTest, NaNShowsInItsGroupAndClosedGatesGiveZero) {
+  const auto run = [&](const std::vector<float>& x, const std::vector<float>& gate) {
+    Guarded out(6);
+    Mirror mirror;
+    EXPECT_TRUE(OutputNorm({.rows = 1,
+                            .groups = 3,
+                            .width = 2,
+                            .dtype = dtype(),
+                            .x = mirror.Copy(x, dtype()),
+                            .scale = mirror.Copy(std::vector<float>{1, 1}),
+                            .gate = mirror.Copy(gate, dtype()),
+                            .gate_stride = 6,
+                            .out = mirror.Map(&out, dtype())},
+                           mirror.context())
+                    .ok());
+    mirror.Finish();
+    EXPECT_TRUE(out.GuardsIntact());
+    return out.Values();
+  };
+  ExpectNaNAndClosedGates(run);
+}
+
+INSTANTIATE_TEST_SUITE_P(DTypes, CudaOutputNormTest, BothDTypes(), DTypeParamName);
 
 class CudaEmbedTest : public CudaTest {};
 
@@ -147,25 +193,20 @@ TEST(CudaFlaOpsContractTest, RefuseWhatTheyCannotDo) {
           .code(),
       refused);
   EXPECT_EQ(ShortConvQkv(none, {.heads = 0}, CudaContext()).code(), refused);
-  EXPECT_EQ(SiluGate({.rows = 0, .width = 1, .dtype = half, .gate_stride = 1}, CudaContext()).code(),
-            refused);
-  EXPECT_EQ(SiluGate({.rows = 0, .width = 2, .gate_stride = 1}, CudaContext()).code(), refused);
+  EXPECT_EQ(OutputNorm({.rows = 0, .groups = 1, .width = 1, .dtype = half}, CudaContext()).code(), refused);
+  EXPECT_EQ(OutputNorm({.rows = 0, .groups = 0, .width = 1}, CudaContext()).code(), refused);
   EXPECT_EQ(Carry(none, {.width = 0}, CudaContext()).code(), refused);
 }
 
 TEST(CudaFlaOpsContractTest, NothingToDoIsDone) {
   const RaggedRows none;
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
-    EXPECT_TRUE(ShortConvQkv(none,
-                             {.heads = 1,
-                              .key_dim = 2,
-                              .value_dim = 3,
-                              .dtype = dtype,
-                              .z_stride = 8,
-                              .out_stride = 8},
-                             CudaContext())
-                    .ok());
-    EXPECT_TRUE(SiluGate({.rows = 0, .width = 1, .dtype = dtype, .gate_stride = 1}, CudaContext()).ok());
+    EXPECT_TRUE(
+        ShortConvQkv(
+            none, {.heads = 1, .key_dim = 2, .value_dim = 3, .dtype = dtype, .z_stride = 8, .out_stride = 8},
+            CudaContext())
+            .ok());
+    EXPECT_TRUE(OutputNorm({.rows = 0, .groups = 1, .width = 1, .dtype = dtype}, CudaContext()).ok());
     EXPECT_TRUE(Embed(none, {.width = 1, .dtype = dtype}, CudaContext()).ok());
   }
   EXPECT_TRUE(Carry(none, {.width = 1}, CudaContext()).ok());

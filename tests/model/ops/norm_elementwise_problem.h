@@ -1,4 +1,4 @@
-// The definitions of norms and gates, and steps of AddRmsNorm (with any of its parts), SiluGate and Embed.
+// The definitions of norms and gates, and steps of AddRmsNorm (with any of its parts), OutputNorm and Embed.
 #ifndef DELTANET_TESTS_MODEL_OPS_NORM_ELEMENTWISE_PROBLEM_H_
 #define DELTANET_TESTS_MODEL_OPS_NORM_ELEMENTWISE_PROBLEM_H_
 
@@ -10,8 +10,10 @@
 #include <string>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "gtest/gtest.h"
 #include "model/ops/elementwise.h"
+#include "model/ops/output_norm.h"
 #include "model/ops/rms_norm.h"
 #include "tests/model/ops/op_test_util.h"
 
@@ -39,20 +41,15 @@ struct NormProblem {
   static constexpr int kPartsEnd = 32;
 
   NormProblem(int64_t width, int parts, DType delta_dtype = DType::kFloat32,
-              DType normed_dtype = DType::kFloat32, DType x_dtype = DType::kFloat32)
+              DType normed_dtype = DType::kFloat32)
       : width(width),
-        x(Rounded(RandomNormal(kSourceRows * width, 1), x_dtype)),
+        x(RandomNormal(kSourceRows * width, 1)),
         delta(Rounded(RandomNormal(kSourceRows * width, 2), delta_dtype)),
         bias(RandomNormal(width, 3)),
         scale(RandomNormal(width, 4)),
         sum(kRows * width),
         normed(kRows * width) {
-    args = {.rows = kRows,
-            .width = width,
-            .x_dtype = x_dtype,
-            .x = x.data(),
-            .delta_dtype = delta_dtype,
-            .scale = scale.data()};
+    args = {.rows = kRows, .width = width, .x = x.data(), .delta_dtype = delta_dtype, .scale = scale.data()};
     if (parts & 1) args.gather = gather.data();
     if (parts & 2) args.delta = delta.data();
     if (parts & 4) args.bias = bias.data();
@@ -109,51 +106,86 @@ std::vector<T> GatedReference(GateKind kind, int64_t rows, int64_t f, const std:
 }
 
 // Six rows of x and, at a stride, of gate, both held in `dtype`.
-struct SiluGateProblem {
-  static constexpr int64_t kRows = 6, kPadding = 3;
+struct OutputNormProblem {
+  static constexpr int64_t kRows = 6;
 
-  explicit SiluGateProblem(int64_t width, DType dtype = DType::kFloat32)
-      : width(width),
+  OutputNormProblem(int64_t groups, int64_t width, bool gated, DType dtype = DType::kFloat32,
+                    int64_t gate_padding = 3)
+      : groups(groups),
+        width(width),
+        gated(gated),
         dtype(dtype),
-        gate(Rounded(RandomNormal(kRows * (width + kPadding), 80, 3.0f), dtype)),
-        before(Rounded(RandomNormal(kRows * width, 81), dtype)),
-        x(kRows * width) {
-    std::copy(before.begin(), before.end(), x.data());
-  }
+        gate_stride(groups * width + gate_padding),
+        x(Rounded(RandomNormal(kRows * groups * width, 81), dtype)),
+        scale(RandomNormal(width, 82)),
+        gate(Rounded(RandomNormal(kRows * gate_stride, 80, 3.0f), dtype)),
+        out(kRows * groups * width) {}
 
-  SiluGateArgs Args() {
+  OutputNormArgs Args() {
     return {.rows = kRows,
+            .groups = groups,
             .width = width,
             .dtype = dtype,
-            .gate = gate.data(),
-            .gate_stride = width + kPadding,
-            .x = x.data()};
+            .x = x.data(),
+            .scale = scale.data(),
+            .epsilon = epsilon,
+            .gate = gated ? gate.data() : nullptr,
+            .gate_stride = gate_stride,
+            .out = out.data()};
   }
 
   template <typename T>
   std::vector<T> Reference() const {
-    std::vector<T> out(kRows * width);
-    for (int64_t n = 0; n < kRows; ++n) {
-      for (int64_t j = 0; j < width; ++j) {
-        const T g = gate[n * (width + kPadding) + j];
-        out[n * width + j] = static_cast<T>(before[n * width + j]) * (g / (T(1) + std::exp(-g)));
-      }
+    std::vector<T> want =
+        RmsNormReference(std::vector<T>(x.begin(), x.end()), kRows * groups, width, scale.data(), epsilon);
+    for (int64_t i = 0; gated && i < kRows * groups * width; ++i) {
+      const T g = gate[i / (groups * width) * gate_stride + i % (groups * width)];
+      want[i] *= g / (T(1) + std::exp(-g));
     }
-    return out;
+    return want;
   }
 
-  // Holds x, after the operator ran, to the bound.
+  // Holds out, after the operator ran, to the bound.
   void Compare() {
-    ExpectAsGoodAsPlain(x.data(), Reference<float>().data(), Reference<double>().data(), kRows * width,
-                        std::to_string(width), dtype);
-    EXPECT_TRUE(x.GuardsIntact());
+    ExpectAsGoodAsPlain(out.data(), Reference<float>().data(), Reference<double>().data(),
+                        kRows * groups * width, "output norm", dtype);
+    EXPECT_TRUE(out.GuardsIntact());
   }
 
-  const int64_t width;
+  const int64_t groups, width;
+  const bool gated;
   const DType dtype;
-  const std::vector<float> gate, before;
-  Guarded x;
+  const int64_t gate_stride;
+  const RmsEpsilon epsilon = {.after = 0.0625f, .inside = 0.125f};  // Large enough to be seen.
+  const std::vector<float> x, scale, gate;
+  Guarded out;
 };
+
+// Calls `check` for groups of awkward sizes and those that a GPU takes by vectors, with and without a gate.
+inline void ForEachOutputNorm(absl::FunctionRef<void(int64_t groups, int64_t width, bool gated)> check) {
+  constexpr int64_t kSizes[][2] = {{1, 1},   {3, 3},   {6, 8},    {2, 16},   {5, 17},
+                                   {3, 64},  {2, 100}, {20, 128}, {9, 256},  {3, 384},
+                                   {3, 512}, {1, 300}, {1, 1025}, {1, 1152}, {1, 2048}};
+  for (const auto& [groups, width] : kSizes) {
+    for (const bool gated : {false, true}) {
+      SCOPED_TRACE("groups " + std::to_string(groups) + " width " + std::to_string(width) +
+                   (gated ? " gated" : ""));
+      check(groups, width, gated);
+    }
+  }
+}
+
+// What three groups of two values, of scale 1, come to with NaN among them and gates closed and open:
+// `run(x, gate)` gives the six values.
+inline void ExpectNaNAndClosedGates(
+    absl::FunctionRef<std::vector<float>(const std::vector<float>&, const std::vector<float>&)> run) {
+  const std::vector<float> got = run({1, kNaN, 2, 2, 2, -2}, {1, 1, kNaN, -1e30f, -88, 1e30f});
+  EXPECT_TRUE(std::isnan(got[0]) && std::isnan(got[1]) && std::isnan(got[2]));
+  EXPECT_EQ(got[3], 0.0f);
+  EXPECT_NEAR(got[4], 0.0f, 1e-35f);
+  EXPECT_NEAR(got[5], -1e30f, 1e28f);
+  EXPECT_EQ(run({0, 0, 0, 0, 0, 0}, {1, 2, 3, 4, 5, 6}), std::vector<float>(6, 0.0f));
+}
 
 // Rows whose tokens take ids of their own and ids that slots hold, from a table held in `dtype`.
 struct EmbedProblem {

@@ -7,6 +7,7 @@
 
 #include "gtest/gtest.h"
 #include "model/ops/elementwise.h"
+#include "model/ops/output_norm.h"
 #include "model/ops/rms_norm.h"
 #include "tests/model/ops/norm_elementwise_problem.h"
 #include "tests/model/ops/op_test_util.h"
@@ -108,9 +109,6 @@ TEST(AddRmsNormContractTest, RefusesWhatItCannotDo) {
   bad.scale = nullptr;  // Nothing to write.
   EXPECT_EQ(code(bad), absl::StatusCode::kInvalidArgument);
   bad = good;
-  bad.x_dtype = DType::kBFloat16;
-  EXPECT_EQ(code(bad), absl::StatusCode::kInvalidArgument);
-  bad = good;
   bad.delta_dtype = DType::kBFloat16;
   EXPECT_EQ(code(bad), absl::StatusCode::kInvalidArgument);
   bad = good;
@@ -190,33 +188,50 @@ TEST_P(GatedUnitTest, ExtremesAndNonFiniteValues) {
 INSTANTIATE_TEST_SUITE_P(Isa, GatedUnitTest, EveryIsa(),
                          [](const auto& info) { return IsaName(info.param); });
 
-class SiluGateTest : public IsaTest {};
+class OutputNormTest : public IsaTest {};
 
-TEST_P(SiluGateTest, MatchesTheReference) {
-  for (const int64_t width : kWidths) {
-    SiluGateProblem problem(width);
-    ASSERT_TRUE(SiluGate(problem.Args(), ThreadedContext()).ok());
+TEST_P(OutputNormTest, MatchesTheReference) {
+  ForEachOutputNorm([](int64_t groups, int64_t width, bool gated) {
+    OutputNormProblem problem(groups, width, gated);
+    ASSERT_TRUE(OutputNorm(problem.Args(), ThreadedContext()).ok());
     problem.Compare();
-  }
+  });
 }
 
-TEST_P(SiluGateTest, NaNShowsAndClosedGatesGiveZero) {
-  const std::vector<float> gate = {kNaN, 1, -1e30f, -88, 0, 1e30f};
-  Guarded x(6);
-  const float values[] = {1, kNaN, 2, 2, 2, 2};
-  std::copy_n(values, 6, x.data());
-  ASSERT_TRUE(SiluGate({.rows = 1, .width = 6, .gate = gate.data(), .gate_stride = 6, .x = x.data()},
-                       SerialContext())
-                  .ok());
-  EXPECT_TRUE(std::isnan(x[0]) && std::isnan(x[1]));
-  EXPECT_EQ(x[2], 0.0f);
-  EXPECT_NEAR(x[3], 0.0f, 1e-35f);
-  EXPECT_EQ(x[4], 0.0f);
-  EXPECT_FLOAT_EQ(x[5], 2e30f);
-  EXPECT_TRUE(x.GuardsIntact());
+TEST_P(OutputNormTest, InPlaceGivesTheSameBits) {
+  ForEachOutputNorm([](int64_t groups, int64_t width, bool gated) {
+    OutputNormProblem problem(groups, width, gated);
+    ASSERT_TRUE(OutputNorm(problem.Args(), SerialContext()).ok());
+    std::vector<float> in_place = problem.x;
+    OutputNormArgs args = problem.Args();
+    args.x = args.out = in_place.data();
+    ASSERT_TRUE(OutputNorm(args, SerialContext()).ok());
+    EXPECT_TRUE(SameBits(in_place.data(), problem.out.data(), problem.out.size()));
+  });
 }
 
-INSTANTIATE_TEST_SUITE_P(Isa, SiluGateTest, EveryIsa(), [](const auto& info) { return IsaName(info.param); });
+TEST_P(OutputNormTest, NaNShowsInItsGroupAndClosedGatesGiveZero) {
+  const auto run = [](const std::vector<float>& x, const std::vector<float>& gate) {
+    const std::vector<float> scale = {1, 1};
+    Guarded out(6);
+    EXPECT_TRUE(OutputNorm({.rows = 1,
+                            .groups = 3,
+                            .width = 2,
+                            .x = x.data(),
+                            .scale = scale.data(),
+                            .gate = gate.data(),
+                            .gate_stride = 6,
+                            .out = out.data()},
+                           SerialContext())
+                    .ok());
+    EXPECT_TRUE(out.GuardsIntact());
+    return out.Values();
+  };
+  ExpectNaNAndClosedGates(run);
+}
+
+INSTANTIATE_TEST_SUITE_P(Isa, OutputNormTest, EveryIsa(),
+                         [](const auto& info) { return IsaName(info.param); });
 
 TEST(EmbedTest, CopiesRowsOfTheTableThatIdsOrSlotsName) {
   for (const int64_t width : kWidths) {
@@ -230,6 +245,27 @@ TEST(EmbedTest, CopiesRowsOfTheTableThatIdsOrSlotsName) {
   }
 }
 
+TEST(OutputNormContractTest, RefusesWhatItCannotDo) {
+  const OutputNormArgs good{.rows = 0, .groups = 2, .width = 3, .gate_stride = 5};
+  const auto code = [&](auto change, const OpContext& context = SerialContext()) {
+    OutputNormArgs args = good;
+    change(&args);
+    return OutputNorm(args, context).code();
+  };
+  using Args = OutputNormArgs;
+  const auto refused = absl::StatusCode::kInvalidArgument;
+  const float gate = 0;
+  EXPECT_EQ(code([](Args*) {}), absl::StatusCode::kOk);
+  EXPECT_EQ(code([](Args* args) { args->rows = -1; }), refused);
+  EXPECT_EQ(code([](Args* args) { args->groups = 0; }), refused);
+  EXPECT_EQ(code([](Args* args) { args->width = 0; }), refused);
+  EXPECT_EQ(code([&](Args* args) { args->gate = &gate; }), refused);  // Its stride is short by one.
+  EXPECT_EQ(code([](Args* args) { args->dtype = DType::kBFloat16; }), refused);
+#ifndef DELTANET_CUDA
+  EXPECT_EQ(code([](Args*) {}, CudaContext()), absl::StatusCode::kFailedPrecondition);
+#endif
+}
+
 TEST(ElementwiseContractTest, RefuseWhatTheyCannotDo) {
   EXPECT_EQ(GatedUnit({.rows = 1, .width = 0}, SerialContext()).code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(GatedUnit({.rows = -1, .width = 1}, SerialContext()).code(), absl::StatusCode::kInvalidArgument);
@@ -239,19 +275,6 @@ TEST(ElementwiseContractTest, RefuseWhatTheyCannotDo) {
   EXPECT_EQ(GatedUnit({.rows = 1, .width = 1}, CudaContext()).code(), absl::StatusCode::kFailedPrecondition);
 #endif
   EXPECT_TRUE(GatedUnit({.rows = 0, .width = 1}, SerialContext()).ok());
-  EXPECT_EQ(SiluGate({.rows = 0, .width = 0}, SerialContext()).code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_EQ(SiluGate({.rows = -1, .width = 1, .gate_stride = 1}, SerialContext()).code(),
-            absl::StatusCode::kInvalidArgument);
-  EXPECT_EQ(SiluGate({.rows = 0, .width = 2, .gate_stride = 1}, SerialContext()).code(),
-            absl::StatusCode::kInvalidArgument);
-  EXPECT_EQ(
-      SiluGate({.rows = 0, .width = 1, .dtype = DType::kBFloat16, .gate_stride = 1}, SerialContext()).code(),
-      absl::StatusCode::kInvalidArgument);
-#ifndef DELTANET_CUDA
-  EXPECT_EQ(SiluGate({.rows = 0, .width = 1, .gate_stride = 1}, CudaContext()).code(),
-            absl::StatusCode::kFailedPrecondition);
-#endif
-  EXPECT_TRUE(SiluGate({.rows = 0, .width = 1, .gate_stride = 1}, SerialContext()).ok());
   const RaggedRows none;
   EXPECT_EQ(Embed(none, {.width = 0}, SerialContext()).code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(Embed(none, {.width = 1, .dtype = DType::kBFloat16}, SerialContext()).code(),
