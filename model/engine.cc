@@ -29,6 +29,7 @@
 #include "model/model.h"
 #include "model/ops/carry.h"
 #include "model/ops/conv_qkv.h"
+#include "model/ops/delta_net_mixer.h"
 #include "model/ops/delta_rule.h"
 #include "model/ops/delta_rule_plan.h"
 #include "model/ops/elementwise.h"
@@ -744,7 +745,7 @@ class Engine final : public Model {
     return SlotParts(layer * layout_.layer_stride + offset);
   }
 
-  // z and from it qkv, by convolutions composed into the product.
+  // z, and in its place what the delta rule takes, by convolutions composed into the product.
   absl::Status ComposedFront(int64_t index, const RaggedRows& rows, float* x, const OpContext& context) {
     const LayerWeights& layer = weights_.layers[index];
     const int64_t look = weights_.config.lookahead_per_layer();
@@ -778,7 +779,7 @@ class Engine final : public Model {
     return ConvQkvActivation(rows, qkv, context);
   }
 
-  // The same by short convolutions after the product.
+  // z alone; the convolutions are the mixer's.
   absl::Status ShortConvFront(int64_t index, const RaggedRows& rows, const float* x,
                               const OpContext& context) {
     const LayerWeights& layer = weights_.layers[index];
@@ -794,8 +795,12 @@ class Engine final : public Model {
     norm.normed_dtype = t;
     norm.normed = w.normed;
     RETURN_IF_ERROR(AddRmsNorm(norm, context));
-    RETURN_IF_ERROR(Multiply(rows.tokens, w.normed, layer.qkv, t, w.z, w.z_stride, context));
+    return Multiply(rows.tokens, w.normed, layer.qkv, t, w.z, w.z_stride, context);
+  }
 
+  ShortConvQkvArgs ShortConvOf(int64_t index) const {
+    const LayerWeights& layer = weights_.layers[index];
+    const Workspace& w = workspace_;
     ShortConvQkvArgs conv;
     conv.heads = weights_.heads;
     conv.key_dim = weights_.key_dim;
@@ -805,7 +810,7 @@ class Engine final : public Model {
     conv.has_beta = weights_.has_beta;
     conv.beta_scale = weights_.beta_scale;
     conv.taps = weights_.conv_taps;
-    conv.dtype = t;
+    conv.dtype = weights_.dtype;
     conv.z = w.z;
     conv.z_stride = w.z_stride;
     conv.weight = layer.conv_weight;
@@ -813,12 +818,39 @@ class Engine final : public Model {
     conv.tail = Slots(index, layout_.tail_offset);
     conv.out = w.qkv;
     conv.out_stride = w.qkv_stride;
-    return ShortConvQkv(rows, conv, context);
+    return conv;
   }
 
-  // What the delta rule gave, normed (and gated) for the product behind it.
-  absl::Status NormMixed(int64_t n, const LayerWeights& layer, const OpContext& context) {
-    Workspace& w = workspace_;
+  DeltaRuleArgs DeltaRuleOf(int64_t index, int32_t* nonfinite) const {
+    const Workspace& w = workspace_;
+    const int64_t qk_width = weights_.heads * weights_.key_dim;
+    const auto part = [&](int64_t offset) {
+      return static_cast<const char*>(w.qkv) + offset * DTypeBytes(weights_.dtype);
+    };
+    DeltaRuleArgs rule;
+    rule.heads = weights_.heads;
+    rule.key_dim = weights_.key_dim;
+    rule.value_dim = weights_.value_dim;
+    rule.dtype = weights_.dtype;
+    rule.q = part(0);
+    rule.k = part(qk_width);
+    rule.v = part(2 * qk_width);
+    rule.beta = part(QkvWidth(weights_));
+    rule.token_stride = w.qkv_stride;
+    rule.scale = weights_.scale;
+    rule.state = Slots(index, 0);
+    if (weights_.dtype == DType::kBFloat16) {
+      rule.out_bfloat16 = w.mixed;
+    } else {
+      rule.out = static_cast<float*>(w.mixed);
+    }
+    rule.nonfinite = nonfinite;
+    return rule;
+  }
+
+  // Of what the delta rule gives, n tokens, for the product behind it.
+  OutputNormArgs OutputNormOf(int64_t n, const LayerWeights& layer) const {
+    const Workspace& w = workspace_;
     OutputNormArgs norm;
     norm.rows = n;
     norm.groups = weights_.norm_per_head ? weights_.heads : 1;
@@ -833,7 +865,7 @@ class Engine final : public Model {
       norm.gate_stride = w.z_stride;
     }
     norm.out = w.normed;
-    return OutputNorm(norm, context);
+    return norm;
   }
 
   // One layer; the residual stream `x` [N, d] in place.
@@ -843,36 +875,17 @@ class Engine final : public Model {
     const int64_t d = weights_.config.d_model;
     const int64_t n = rows.tokens;
     const int64_t look = weights_.config.lookahead_per_layer();
-    const int64_t qk_width = weights_.heads * weights_.key_dim;
-    const int64_t v_width = weights_.heads * weights_.value_dim;
     const DType t = weights_.dtype;
     Workspace& w = workspace_;
-    RETURN_IF_ERROR(weights_.mixer == MixerKind::kComposed ? ComposedFront(index, rows, x, context)
-                                                           : ShortConvFront(index, rows, x, context));
-
-    const auto part = [&](int64_t offset) {
-      return static_cast<const char*>(w.qkv) + offset * DTypeBytes(t);
-    };
-    DeltaRuleArgs rule;
-    rule.heads = weights_.heads;
-    rule.key_dim = weights_.key_dim;
-    rule.value_dim = weights_.value_dim;
-    rule.dtype = t;
-    rule.q = part(0);
-    rule.k = part(qk_width);
-    rule.v = part(2 * qk_width);
-    rule.beta = part(2 * qk_width + v_width);
-    rule.token_stride = w.qkv_stride;
-    rule.scale = weights_.scale;
-    rule.state = Slots(index, 0);
-    if (t == DType::kBFloat16) {
-      rule.out_bfloat16 = w.mixed;
+    if (weights_.mixer == MixerKind::kComposed) {
+      RETURN_IF_ERROR(ComposedFront(index, rows, x, context));
+      RETURN_IF_ERROR(DeltaRule(rows, DeltaRuleOf(index, nonfinite), context));
+      RETURN_IF_ERROR(OutputNorm(OutputNormOf(n, layer), context));
     } else {
-      rule.out = static_cast<float*>(w.mixed);
+      RETURN_IF_ERROR(ShortConvFront(index, rows, x, context));
+      RETURN_IF_ERROR(DeltaNetMixer(
+          rows, {ShortConvOf(index), DeltaRuleOf(index, nonfinite), OutputNormOf(n, layer)}, context));
     }
-    rule.nonfinite = nonfinite;
-    RETURN_IF_ERROR(DeltaRule(rows, rule, context));
-    RETURN_IF_ERROR(NormMixed(n, layer, context));
     RETURN_IF_ERROR(Multiply(n, w.normed, layer.out, t, w.product, d, context));
 
     // x = post_norm(res + m), and with it the norm that the feed-forward wants.

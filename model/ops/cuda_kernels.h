@@ -6,6 +6,7 @@
 #include "absl/status/status.h"
 #include "model/ops/carry.h"
 #include "model/ops/conv_qkv.h"
+#include "model/ops/delta_net_mixer.h"
 #include "model/ops/delta_rule.h"
 #include "model/ops/elementwise.h"
 #include "model/ops/output_norm.h"
@@ -15,6 +16,10 @@
 
 namespace deltanet {
 
+// Whether DeltaNetStepCuda can do this work, and the rows of at most kDeltaRuleFewTokens tokens; the others it
+// leaves alone.
+bool DeltaNetStepCudaTakes(const DeltaNetMixerArgs& args);
+absl::Status DeltaNetStepCuda(const RaggedRows& rows, const DeltaNetMixerArgs& args, void* stream);
 absl::Status DeltaRuleCuda(const RaggedRows& rows, const DeltaRuleArgs& args, void* stream);
 absl::Status GatherTapsCuda(const RaggedRows& rows, const GatherTapsArgs& args, void* stream);
 absl::Status ConvQkvActivationCuda(const RaggedRows& rows, const ConvQkvActivationArgs& args, void* stream);

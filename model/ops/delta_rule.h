@@ -35,6 +35,7 @@ struct DeltaRuleArgs {
   void* out_bfloat16 = nullptr;
   int32_t* nonfinite =
       nullptr;  // [R]: set to 1 where a row's new state holds an infinity or NaN; else left alone.
+  int64_t longer_than = -1;  // On CUDA: rows of this many tokens or fewer are left alone.
 };
 
 // Runs every row from its base slot (or zero) to its work slot. A row without tokens copies its state.

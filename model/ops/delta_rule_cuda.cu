@@ -9,6 +9,7 @@
 // Bytes a token and head: 2K + V read, V written (and k, q again for every further 32 columns). FLOPs: 6 K V.
 // Key sizes above 256 keep the state in memory instead (the same code with the state's rows walked in the
 // work slot).
+#include <algorithm>
 #include <cstdint>
 
 #include "model/base/status_macros.h"
@@ -31,7 +32,7 @@ __device__ inline float LanesSum(float x) {
 }
 
 // kRows: state rows a lane holds, at least K / 4; 0: the state stays in memory. Rows of more than `most`
-// tokens are left alone.
+// tokens are left alone, as are those of args.longer_than or fewer.
 template <typename T, int kRows>
 __global__ void __launch_bounds__(kThreads)
     DeltaRuleKernel(RaggedRows rows, DeltaRuleArgs args, int64_t most) {
@@ -43,7 +44,7 @@ __global__ void __launch_bounds__(kThreads)
   float* tile_b = tile_v + kTile * kColumns;  // [kTile]
   const int row = blockIdx.z, head = blockIdx.y;
   const int64_t begin = rows.offsets[row], end = rows.offsets[row + 1];
-  if (end - begin > most || rows.work_slot[row] < 0) return;
+  if (end - begin > most || end - begin <= args.longer_than || rows.work_slot[row] < 0) return;
   const int first_column = blockIdx.x * kColumns;
   const int lane = threadIdx.x % kLanes;
   const int column = first_column + threadIdx.x / kLanes;
@@ -184,7 +185,7 @@ absl::Status DeltaRuleCuda(const RaggedRows& rows, const DeltaRuleArgs& args, vo
                       DeltaRuleChunkCudaTakes(args);
   if (chunks) {
     RETURN_IF_ERROR(DeltaRuleChunkCuda(rows, args, stream));
-    if (rows.shortest > kDeltaRuleFewTokens) return absl::OkStatus();
+    if (std::max(rows.shortest - 1, args.longer_than) >= kDeltaRuleFewTokens) return absl::OkStatus();
   }
   const int64_t most = chunks ? kDeltaRuleFewTokens : INT64_MAX;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);

@@ -45,6 +45,8 @@ struct ShortConvQkvArgs {
   // Token n at out + n * out_stride: [q (H*K), k (H*K), v (H*V), beta (H)]; must not overlap z.
   void* out = nullptr;
   int64_t out_stride = 0;
+  // On CUDA: the tails of rows of this many tokens or fewer are left alone, their `out` is not defined.
+  int64_t longer_than = -1;
 };
 
 // Fills `out` from z and the base slots' tails (zeros where fresh), then writes the work slots' tails (a row

@@ -9,6 +9,7 @@
 
 #include "model/ops/cuda_kernels.h"
 #include "model/ops/cuda_util.cuh"
+#include "model/ops/short_conv_cuda.cuh"
 
 namespace deltanet {
 namespace {
@@ -42,20 +43,6 @@ __device__ inline float Convolved(const RaggedRows& rows, const ShortConvQkvArgs
     y = fmaf(args.weight[j * width + c], InputAt<T>(rows, args, row, i - (args.taps - 1) + j, c), y);
   }
   return y;
-}
-
-__device__ inline float Activated(QkActivation activation, float x) {
-  switch (activation) {
-    case QkActivation::kSilu:
-      return x * Sigmoid(x);
-    case QkActivation::kRelu:
-      return x < 0.0f ? 0.0f : x;  // NaN stays NaN, here and below.
-    case QkActivation::kEluPlusOne:
-      return x > 0.0f ? x + 1.0f : expf(x);
-    case QkActivation::kIdentity:
-      break;
-  }
-  return x;
 }
 
 template <typename T>
@@ -131,10 +118,11 @@ __global__ void ShortConvTailKernel(RaggedRows rows, ShortConvQkvArgs args) {
   const int64_t width = QkvWidth(args);
   if (index >= rows.rows * width) return;
   const int row = static_cast<int>(index / width);
-  if (rows.work_slot[row] < 0) return;
+  const int64_t tokens = rows.offsets[row + 1] - rows.offsets[row];
+  if (rows.work_slot[row] < 0 || tokens <= args.longer_than) return;
   const int64_t c = index % width;
   const int64_t kept = args.taps - 1;
-  const int64_t from = rows.offsets[row + 1] - rows.offsets[row] - kept;
+  const int64_t from = tokens - kept;
   float inputs[kMaxShortConvTaps - 1];
 #pragma unroll
   for (int i = 0; i < kMaxShortConvTaps - 1; ++i) {

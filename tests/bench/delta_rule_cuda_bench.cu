@@ -1,7 +1,7 @@
-// The delta rule alone on a GPU, by both kernels, in the cases that prefill is measured by: bfloat16 inputs
-// side by side as the engine has them, states read from one slot and written to another. A JSON line a case:
-// the median time of a CUDA graph that holds one call, the bytes that the call has to move in that time, and
-// the largest difference between the kernels' outputs.
+// The delta rule alone on a GPU, by both kernels, in the cases that prefill is measured by, and the mixer of
+// `delta_net` in those of decode: bfloat16 inputs side by side as the engine has them, states read from one slot
+// and written to another. A JSON line a case: the median time of a CUDA graph that holds one call, the bytes that
+// the call has to move in that time, and the largest difference between the kernels' outputs.
 //
 //   delta_rule_cuda_bench [REPLAYS]     (30)
 #include <algorithm>
@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "model/ops/delta_net_mixer.h"
 #include "model/ops/delta_rule.h"
 #include "model/ops/delta_rule_cuda.h"
 
@@ -100,14 +101,15 @@ __global__ void FillStates(float* states, int64_t count) {
   }
 }
 
-double MedianMicroseconds(cudaStream_t stream, int replays, const RaggedRows& rows, const DeltaRuleArgs& args,
-                          const OpContext& context) {
-  Check(DeltaRule(rows, args, context));  // Loads the kernel, raises its shared memory.
+// `queue` queues the call on the stream.
+template <typename Queue>
+double MedianMicroseconds(cudaStream_t stream, int replays, const Queue& queue) {
+  Check(queue());  // Loads the kernel, raises its shared memory.
   Check(cudaStreamSynchronize(stream), "the first call");
   cudaGraph_t graph;
   cudaGraphExec_t exec;
   Check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "begin capture");
-  Check(DeltaRule(rows, args, context));
+  Check(queue());
   Check(cudaStreamEndCapture(stream, &graph), "end capture");
   Check(cudaGraphInstantiate(&exec, graph, 0), "instantiate");
   cudaEvent_t begin, end;
@@ -201,7 +203,8 @@ void Run(const std::string& name, const std::vector<int32_t>& lengths, int heads
       if (chunks && !DeltaRuleChunkCudaTakes(args)) continue;
       if (!chunks && is_narrow) continue;
       SetDeltaRuleCudaPathForTesting(path);
-      const double us = MedianMicroseconds(stream, chunks ? replays : 5, rows, args, context);
+      const double us = MedianMicroseconds(stream, chunks ? replays : 5,
+                                           [&] { return DeltaRule(rows, args, context); });
       std::vector<float> got(N * width);
       if (is_narrow) {
         const std::vector<uint16_t> raw = narrow.Host();
@@ -234,11 +237,90 @@ void Run(const std::string& name, const std::vector<int32_t>& lengths, int heads
   cudaStreamDestroy(stream);
 }
 
+// Sessions of `tokens` tokens each through a whole mixer of 16 heads of 128.
+void RunMixer(int sessions, int tokens, int replays) {
+  constexpr int kHeads = 16, kSize = 128, kTaps = 4;
+  constexpr int64_t kWidth = kHeads * kSize, kStride = 3 * kWidth + 64, kState = kWidth * kSize;
+  constexpr int64_t kSlot = kState + (kTaps - 1) * 3 * kWidth;
+  const int64_t N = int64_t{sessions} * tokens;
+  std::vector<int32_t> offsets = {0}, base, work, token_row;
+  for (int32_t r = 0; r < sessions; ++r) {
+    offsets.push_back(offsets.back() + tokens);
+    base.push_back(2 * r);
+    work.push_back(2 * r + 1);
+    token_row.insert(token_row.end(), tokens, r);
+  }
+  const Array<int32_t> offsets_there(offsets), base_there(base), work_there(work), token_row_there(token_row);
+  const Array<uint8_t> fresh(std::vector<uint8_t>(sessions, 0));
+  const Array<int32_t> nonfinite(std::vector<int32_t>(sessions, 0));
+  const Array<uint16_t> z(N * kStride), qkv(N * kStride), mixed(N * kWidth), out(N * kWidth);
+  const Array<float> slots(2 * sessions * kSlot), weight(std::vector<float>(kTaps * 3 * kWidth, 0.3f));
+  const Array<float> scale(std::vector<float>(kSize, 1.0f));
+  FillInputs<<<static_cast<unsigned>(N), 64>>>(z.data(), kStride, kHeads, kSize);
+  FillStates<<<1024, 256>>>(slots.data(), 2 * sessions * kSlot);
+  Check(cudaDeviceSynchronize(), "filling");
+
+  cudaStream_t stream;
+  Check(cudaStreamCreate(&stream), "stream");
+  const OpContext context{
+      .device = {.type = DeviceType::kCuda, .index = 0}, .parallel_for = NotOnTheHost, .stream = stream};
+  const RaggedRows rows{.rows = sessions,
+                        .tokens = N,
+                        .shortest = tokens,
+                        .longest = tokens,
+                        .offsets = offsets_there.data(),
+                        .token_row = token_row_there.data(),
+                        .base_slot = base_there.data(),
+                        .work_slot = work_there.data(),
+                        .fresh = fresh.data()};
+  const SlotView state{.pool = slots.data(), .slot_stride = kSlot, .offset = 0};
+  DeltaNetMixerArgs args;
+  args.conv = {.heads = kHeads,
+               .key_dim = kSize,
+               .value_dim = kSize,
+               .taps = kTaps,
+               .dtype = DType::kBFloat16,
+               .z = z.data(),
+               .z_stride = kStride,
+               .weight = weight.data(),
+               .tail = {.pool = slots.data(), .slot_stride = kSlot, .offset = kState},
+               .out = qkv.data(),
+               .out_stride = kStride};
+  args.rule = {.heads = kHeads,
+               .key_dim = kSize,
+               .value_dim = kSize,
+               .dtype = DType::kBFloat16,
+               .q = qkv.data(),
+               .k = qkv.data() + kWidth,
+               .v = qkv.data() + 2 * kWidth,
+               .beta = qkv.data() + 3 * kWidth,
+               .token_stride = kStride,
+               .scale = 1.0f / std::sqrt(static_cast<float>(kSize)),
+               .state = state,
+               .out_bfloat16 = mixed.data(),
+               .nonfinite = nonfinite.data()};
+  args.norm = {.rows = N,
+               .groups = kHeads,
+               .width = kSize,
+               .dtype = DType::kBFloat16,
+               .x = mixed.data(),
+               .scale = scale.data(),
+               .epsilon = {.after = 0, .inside = 1e-5f},
+               .out = out.data()};
+  const double us = MedianMicroseconds(stream, replays, [&] { return DeltaNetMixer(rows, args, context); });
+  const double bytes = 8.0 * sessions * kSlot + 2.0 * static_cast<double>(N) * (3 * kWidth + kHeads + kWidth);
+  std::printf("{\"case\": \"mixer, %d x %d, 16 heads of 128\", \"us\": %.1f, \"tb_per_s\": %.3f}\n", sessions,
+              tokens, us, bytes / us * 1e-6);
+  std::fflush(stdout);
+  cudaStreamDestroy(stream);
+}
+
 }  // namespace
 }  // namespace deltanet
 
 int main(int argc, char** argv) {
   using deltanet::Run;
+  using deltanet::RunMixer;
   int devices = 0;
   if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
     std::printf("no GPU\n");
@@ -258,5 +340,8 @@ int main(int argc, char** argv) {
   Run("8 x 2048, 8 heads of 256", std::vector<int32_t>(8, 2048), 8, 256, replays);
   Run("1 x 512, 16 heads of 128", {512}, 16, 128, replays);
   Run("1 x 2048, 16 heads of 128", {2048}, 16, 128, replays);
+  for (const int sessions : {1, 16, 64, 256, 1024}) RunMixer(sessions, 1, replays);
+  RunMixer(64, 8, replays);
+  RunMixer(64, 16, replays);
   return 0;
 }

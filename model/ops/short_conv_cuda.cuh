@@ -1,0 +1,26 @@
+// What the kernels of the short convolution share.
+#ifndef DELTANET_MODEL_OPS_SHORT_CONV_CUDA_CUH_
+#define DELTANET_MODEL_OPS_SHORT_CONV_CUDA_CUH_
+
+#include "model/ops/cuda_util.cuh"
+#include "model/ops/short_conv.h"
+
+namespace deltanet {
+
+__device__ inline float Activated(QkActivation activation, float x) {
+  switch (activation) {
+    case QkActivation::kSilu:
+      return x * Sigmoid(x);
+    case QkActivation::kRelu:
+      return x < 0.0f ? 0.0f : x;  // NaN stays NaN, here and below.
+    case QkActivation::kEluPlusOne:
+      return x > 0.0f ? x + 1.0f : expf(x);
+    case QkActivation::kIdentity:
+      break;
+  }
+  return x;
+}
+
+}  // namespace deltanet
+
+#endif  // DELTANET_MODEL_OPS_SHORT_CONV_CUDA_CUH_
