@@ -18,7 +18,7 @@
 //
 // S^T stays in float32 accumulators for the row's whole length; the products are asynchronous (wgmma), Q S
 // and P U running while the chain rounds its operands. Producers run ahead: they copy the next chunk
-// (cp.async, 3 stages of q, k, v) and make T and P (2 slots) of a chunk while the consumers are at the one
+// (cp.async, 3 stages of q, k, v) and make T and P (2 or 3 slots) of a chunk while the consumers are at the one
 // before. With two consumers (V = 128) one producer copies and the other makes T and P; with one consumer (V
 // = 64, or V = 128 split over two blocks, when there are fewer rows and heads than half the multiprocessors)
 // two make T, of chunks in turn, and the third copies and makes P.
@@ -66,7 +66,6 @@ namespace {
 
 constexpr int kChunk = 64;            // C
 constexpr int kStages = 3;            // Of q, k, v.
-constexpr int kSlots = 2;             // Of T (hi, lo) and P.
 constexpr int kBlockBytes = 16 * 48;  // A 16x16 block of bfloat16, rows 48 bytes apart: no bank conflicts.
 constexpr int kOffDiagonal = 6;       // Blocks below the diagonal.
 
@@ -75,6 +74,9 @@ template <int kKeys, int kConsumers>
 struct Layout {
   static constexpr int kMakers = kConsumers == 1 ? 2 : 1;  // Producers that make a chunk's T or P.
   static constexpr int kTurns = kConsumers == 1 ? 2 : 1;   // Producers that make T, of chunks in turn.
+  // Of T (hi, lo) and P. A maker waits for its slot before T's last steps, which take longer than a consumer's
+  // chunk: with two slots and one consumer those steps would be part of the chain.
+  static constexpr int kSlots = kConsumers == 1 ? 3 : 2;
   static constexpr int kThreads = 512;
   static constexpr int kKeyTiles = kKeys / 64;
   static constexpr int kStageBytes = (2 * kKeyTiles + kConsumers) * kTileBytes;  // q, k, v
@@ -491,7 +493,7 @@ __device__ void Produce(const Problem& problem, Walk walk, unsigned char* memory
 
   constexpr int kTurns = kCopy ? 1 : L::kTurns;
   Ring<kStages> stage;
-  Ring<kSlots> slot;
+  Ring<L::kSlots> slot;
   bool more = next_chunk();
   for (int i = 0; i < turn; ++i) {
     more = next_chunk();
@@ -587,7 +589,8 @@ __device__ void Consume(const Problem& problem, Walk walk, unsigned char* memory
   const int64_t width = args.heads * V;
 
   Ring<kStages> stage;
-  Ring<kSlots> slot;
+  Ring<L::kSlots> slot;
+  const auto before = [&] { return slot.at > 0 ? slot.at - 1 : L::kSlots - 1; };  // The last chunk's slot.
   Clocks clocks;
   while (walk.Next()) {
     const int column = walk.head * V + (walk.part * kConsumers + group) * 64;  // In [H, V].
@@ -679,7 +682,7 @@ __device__ void Consume(const Problem& problem, Walk walk, unsigned char* memory
         LoadMatricesTransposed(operand[i],
                                v_tile + InTile(16 * i + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2));
       }
-      if (chunk > 0) store_out(chunk - 1, slot.at ^ 1);
+      if (chunk > 0) store_out(chunk - 1, before());
       AsyncProductsBegin();
 #pragma unroll
       for (int i = 0; i < kKeys / 16; ++i) {  // S^T Q^T
@@ -734,7 +737,7 @@ __device__ void Consume(const Problem& problem, Walk walk, unsigned char* memory
       stage.Next();
       slot.Next();
     }
-    store_out(chunks - 1, slot.at ^ 1);
+    store_out(chunks - 1, before());
 
     float* const to = args.state.at(problem.rows.work_slot[walk.row]) + in_slot + 2 * q * V;
     bool finite = true;
@@ -765,14 +768,14 @@ __global__ void __launch_bounds__(Layout<kKeys, kConsumers>::kThreads, 1)
       BarrierInit(base + L::Loaded(i), 128);
       BarrierInit(base + L::StageFree(i), 4 * kConsumers);
     }
-    for (int i = 0; i < kSlots; ++i) {
+    for (int i = 0; i < L::kSlots; ++i) {
       BarrierInit(base + L::Ready(i), 128 * L::kMakers);
       BarrierInit(base + L::SlotFree(i), 4 * kConsumers);
     }
     BarrierInitFence();
   }
   // What is above T's diagonal stays zero.
-  for (int i = thread; i < kSlots * L::kSlotBytes / 16; i += L::kThreads) {
+  for (int i = thread; i < L::kSlots * L::kSlotBytes / 16; i += L::kThreads) {
     reinterpret_cast<uint4*>(memory + L::kSlot)[i] = make_uint4(0, 0, 0, 0);
   }
   FenceAsyncProxy();

@@ -203,7 +203,7 @@ TEST_P(CudaDeltaRuleChunksTest, ManyRaggedRows) {
   }
 }
 
-// More rows than one launch takes, most of them short.
+// Thousands of rows, most of them short.
 TEST_P(CudaDeltaRuleChunksTest, ThousandsOfRows) {
   Ragged ragged;
   constexpr int32_t kRows = 2100;
