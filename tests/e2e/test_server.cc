@@ -33,7 +33,15 @@ TestServer::TestServer(const FakeModels& models, const ServerOptions& options, c
     DELTANET_CHECK(loaded.ok(), "the test's tokenizer is not there");
     named.back().tokenizer = *std::move(loaded);
   }
-  absl::StatusOr<std::unique_ptr<Server>> server = Server::Start(options, std::move(named));
+  Start(std::move(named), options);
+}
+
+TestServer::TestServer(std::vector<NamedModel> models, const ServerOptions& options) {
+  Start(std::move(models), options);
+}
+
+void TestServer::Start(std::vector<NamedModel> models, const ServerOptions& options) {
+  absl::StatusOr<std::unique_ptr<Server>> server = Server::Start(options, std::move(models));
   DELTANET_CHECK(server.ok(), "the test's server does not start");
   server_ = *std::move(server);
   client_ = std::make_unique<Client>(Connect());

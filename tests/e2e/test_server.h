@@ -1,4 +1,4 @@
-// The real Server on a free port of the loopback, over FakeModels, and what tests say to it.
+// The real Server on a free port of the loopback, over FakeModels or others, and what tests say to it.
 #ifndef DELTANET_TESTS_E2E_TEST_SERVER_H_
 #define DELTANET_TESTS_E2E_TEST_SERVER_H_
 
@@ -32,7 +32,11 @@ class TestServer {
   explicit TestServer(const FakeModelOptions& model);
   TestServer(const FakeModelOptions& model, const ServerOptions& options, const std::string& tokenizer = "");
 
+  // Models that are there.
+  TestServer(std::vector<NamedModel> models, const ServerOptions& options);
+
   Server& server() { return *server_; }
+  // Of those that this made.
   FakeModel& model(size_t number = 0) { return *models_[number]; }
   const Client& client() const { return *client_; }
   std::string target() const;
@@ -44,6 +48,8 @@ class TestServer {
   double Metric(const std::string& sample) const;
 
  private:
+  void Start(std::vector<NamedModel> models, const ServerOptions& options);
+
   std::vector<FakeModel*> models_;  // The server's.
   std::unique_ptr<Server> server_;
   std::unique_ptr<Client> client_;
