@@ -190,19 +190,12 @@ struct Staging {
     const int64_t values = config.takes_tokens() ? MaxLogits(weights, options) : tokens;
     const int64_t x_at = layout.Take((tokens + rows) * config.d_model, DType::kFloat32);
     const int64_t ids_at = layout.Take(config.takes_tokens() ? tokens : 0, DType::kInt64);
-    const int64_t rows_at = layout.bytes();
-    const int64_t at[] = {
-        layout.TakeBytes((rows + 1) * sizeof(int32_t)), layout.TakeBytes(rows * sizeof(int32_t)),
-        layout.TakeBytes(rows * sizeof(int32_t)),       layout.TakeBytes(rows * sizeof(uint8_t)),
-        layout.TakeBytes(rows * sizeof(int64_t)),       layout.TakeBytes(rows * sizeof(int64_t)),
-        layout.TakeBytes(tokens * sizeof(int32_t)),     layout.TakeBytes(values * sizeof(int32_t)),
-        layout.TakeBytes(rows * sizeof(int32_t)),       layout.TakeBytes(positions * sizeof(int32_t)),
-        layout.TakeBytes(positions * sizeof(ReadoutRequest))};
-    rows_bytes = layout.bytes() - rows_at;
     const int64_t long_rows = std::min(rows, tokens / (kDeltaRuleFewTokens + 1));
     const int64_t plan_size =
         chunk_blocks > 0 ? MaxChunkPlanSize(long_rows, weights.heads, chunk_blocks) : 0;
-    const int64_t plan_at = layout.TakeBytes(plan_size * sizeof(int32_t));
+    const StepShape largest{.rows = rows, .tokens = tokens, .outputs = values, .reads = positions};
+    const int64_t rows_at =
+        layout.TakeBytes(RowsLayout(largest).plan_at + plan_size * static_cast<int64_t>(sizeof(int32_t)));
     const int64_t output_width = weights.head.matrix != nullptr ? weights.head.outputs : config.d_model;
     const int64_t output_at = layout.Take(values * output_width, DType::kFloat32);
     const int64_t read_at[] = {layout.TakeBytes(positions * sizeof(int32_t)),
@@ -217,18 +210,6 @@ struct Staging {
       s.x = reinterpret_cast<float*>(base + x_at);
       s.ids = reinterpret_cast<int64_t*>(base + ids_at);
       s.rows = base + rows_at;
-      s.offsets = reinterpret_cast<int32_t*>(base + at[0]);
-      s.base_slot = reinterpret_cast<int32_t*>(base + at[1]);
-      s.work_slot = reinterpret_cast<int32_t*>(base + at[2]);
-      s.fresh = reinterpret_cast<uint8_t*>(base + at[3]);
-      s.position = reinterpret_cast<int64_t*>(base + at[4]);
-      s.end = reinterpret_cast<int64_t*>(base + at[5]);
-      s.token_row = reinterpret_cast<int32_t*>(base + at[6]);
-      s.gather = reinterpret_cast<int32_t*>(base + at[7]);
-      s.nonfinite = reinterpret_cast<int32_t*>(base + at[8]);
-      s.read_gather = reinterpret_cast<int32_t*>(base + at[9]);
-      s.requests = reinterpret_cast<ReadoutRequest*>(base + at[10]);
-      s.plan = reinterpret_cast<int32_t*>(base + plan_at);
       s.output = reinterpret_cast<float*>(base + output_at);
       s.read_ids = reinterpret_cast<int32_t*>(base + read_at[0]);
       s.log_probs = reinterpret_cast<float*>(base + read_at[1]);
@@ -240,10 +221,64 @@ struct Staging {
     host = options.device.type != DeviceType::kCpu ? side(on_host.data()) : device;
   }
 
+  // Makes the next step one of this shape. Where it has its rows' numbers depends on the shape alone.
+  void Begin(const StepShape& next) {
+    shape = next;
+    step_rows.clear();
+    outputs = reads = 0;
+    wants_top = false;
+    chunks = {};
+    graph = nullptr;
+    const RowsLayout layout(shape);
+    host.Place(layout);
+    device.Place(layout);
+    host.offsets[0] = 0;
+  }
+  // Of what is copied to the device behind `rows`.
+  int64_t rows_bytes() const {
+    return RowsLayout(shape).plan_at + chunks.size() * static_cast<int64_t>(sizeof(int32_t));
+  }
+
+  // Where a step's numbers are, in bytes from Side::rows: close together, so that they are one short copy.
+  struct RowsLayout {
+    explicit RowsLayout(const StepShape& shape) {
+      Layout layout;
+      offsets = layout.TakeBytes((shape.rows + 1) * sizeof(int32_t));
+      base_slot = layout.TakeBytes(shape.rows * sizeof(int32_t));
+      work_slot = layout.TakeBytes(shape.rows * sizeof(int32_t));
+      fresh = layout.TakeBytes(shape.rows * sizeof(uint8_t));
+      position = layout.TakeBytes(shape.rows * sizeof(int64_t));
+      end = layout.TakeBytes(shape.rows * sizeof(int64_t));
+      token_row = layout.TakeBytes(shape.tokens * sizeof(int32_t));
+      gather = layout.TakeBytes(shape.outputs * sizeof(int32_t));
+      nonfinite = layout.TakeBytes(shape.rows * sizeof(int32_t));
+      read_gather = layout.TakeBytes(shape.reads * sizeof(int32_t));
+      requests = layout.TakeBytes(shape.reads * sizeof(ReadoutRequest));
+      plan_at = layout.bytes();
+    }
+    int64_t offsets, base_slot, work_slot, fresh, position, end, token_row, gather, nonfinite, read_gather, requests;
+    int64_t plan_at;  // To the end.
+  };
+
   struct Side {
+    void Place(const RowsLayout& at) {
+      offsets = reinterpret_cast<int32_t*>(rows + at.offsets);
+      base_slot = reinterpret_cast<int32_t*>(rows + at.base_slot);
+      work_slot = reinterpret_cast<int32_t*>(rows + at.work_slot);
+      fresh = reinterpret_cast<uint8_t*>(rows + at.fresh);
+      position = reinterpret_cast<int64_t*>(rows + at.position);
+      end = reinterpret_cast<int64_t*>(rows + at.end);
+      token_row = reinterpret_cast<int32_t*>(rows + at.token_row);
+      gather = reinterpret_cast<int32_t*>(rows + at.gather);
+      nonfinite = reinterpret_cast<int32_t*>(rows + at.nonfinite);
+      read_gather = reinterpret_cast<int32_t*>(rows + at.read_gather);
+      requests = reinterpret_cast<ReadoutRequest*>(rows + at.requests);
+      plan = reinterpret_cast<int32_t*>(rows + at.plan_at);
+    }
+
     float* x;            // [N + R, d] The input, then the residual stream; behind it what the rows carry.
     int64_t* ids;        // [N], for models over tokens.
-    char* rows;          // The start of the following, which are copied as one.
+    char* rows;          // The start of the following, up to `plan`: copied as one, placed for each step anew.
     int32_t* offsets;    // [R+1]
     int32_t* base_slot;  // [R]
     int32_t* work_slot;  // [R]
@@ -263,7 +298,6 @@ struct Staging {
     float* top_log_probs;      // [P, kMaxTopTokens]
   };
   Side host, device;
-  int64_t rows_bytes = 0;
   DeviceBuffer on_host, on_device;
   DeviceEvent copied, computed, answered;  // Input on the device; output computed; output on the host.
 
@@ -386,8 +420,8 @@ class Engine final : public Model {
         for (const int64_t bucket : buckets_) {
           for (const bool reads : {false, true}) {
             if (!CanPad(bucket, reads)) continue;
-            Clear(&s);
-            Pad(bucket, reads, &s);
+            s.Begin(Padded(bucket, reads));
+            FillPadding(&s);
             CopyIn(&s);
             compute_.Await(s.copied);
             // On first use kernels are loaded and products take their workspace, which nothing may do while it is
@@ -415,11 +449,11 @@ class Engine final : public Model {
           absl::StrCat(staging_.size(), " steps are under way, want one to be waited for first"));
     }
     RETURN_IF_ERROR(Validate(rows));
-    Clear(&s);
-    s.step_rows.assign(rows.begin(), rows.end());
     const StepShape shape = ShapeOf(rows);
     const bool reads_out = description_.generates && shape.outputs == 0;
     const std::optional<int64_t> bucket = BucketOf(shape, reads_out);
+    s.Begin(bucket.has_value() ? Padded(*bucket, reads_out) : shape);
+    s.step_rows.assign(rows.begin(), rows.end());
     const int64_t carried_at = bucket.value_or(shape.tokens);  // Of row 0, in x: behind all tokens.
     const int64_t d = weights_.config.d_model;
     int64_t tokens = 0;
@@ -461,13 +495,12 @@ class Engine final : public Model {
         }
       }
     }
-    s.shape = shape;
     if (chunk_blocks_ > 0) {
       s.chunks = PlanChunks({s.host.offsets, rows.size() + 1}, weights_.heads, weights_.value_dim, chunk_blocks_,
                             s.host.plan);
     }
     if (bucket.has_value()) {
-      Pad(*bucket, reads_out, &s);
+      FillPadding(&s);
       const auto graph = s.graphs.find({s.shape.outputs, s.shape.reads});
       if (graph != s.graphs.end()) s.graph = &graph->second;
     }
@@ -528,15 +561,6 @@ class Engine final : public Model {
     return alive.ok() ? status : alive;
   }
 
-  static void Clear(Staging* s) {
-    s->step_rows.clear();
-    s->outputs = s->reads = 0;
-    s->wants_top = false;
-    s->chunks = {};
-    s->graph = nullptr;
-    s->host.offsets[0] = 0;
-  }
-
   // Of the rows alone, without padding.
   StepShape ShapeOf(absl::Span<const StepRow> rows) const {
     StepShape shape;
@@ -567,10 +591,15 @@ class Engine final : public Model {
     return *bucket;
   }
 
-  // Makes the step one of `bucket` rows of one token and as many outputs, which are read out or else handed over.
-  void Pad(int64_t bucket, bool reads_out, Staging* s) {
-    s->shape = {bucket, bucket, 1, 1, reads_out ? 0 : bucket, reads_out ? bucket : 0};
+  // A step of `bucket` rows of one token and as many outputs, which are read out or else handed over.
+  static StepShape Padded(int64_t bucket, bool reads_out) {
+    return {bucket, bucket, 1, 1, reads_out ? 0 : bucket, reads_out ? bucket : 0};
+  }
+
+  // What the step's shape has beyond its rows.
+  void FillPadding(Staging* s) {
     const Staging::Side& host = s->host;
+    const int64_t bucket = s->shape.rows;
     const int64_t d = weights_.config.d_model;
     for (int64_t r = static_cast<int64_t>(s->step_rows.size()); r < bucket; ++r) {
       host.offsets[r + 1] = static_cast<int32_t>(r + 1);
@@ -598,8 +627,7 @@ class Engine final : public Model {
     } else {
       copy_in_.Copy(s->device.x, s->host.x, s->shape.tokens * weights_.config.d_model * sizeof(float));
     }
-    copy_in_.Copy(s->device.rows, s->host.rows, s->rows_bytes);
-    copy_in_.Copy(s->device.plan, s->host.plan, s->chunks.size() * sizeof(int32_t));
+    copy_in_.Copy(s->device.rows, s->host.rows, s->rows_bytes());
     copy_in_.Record(&s->copied);
   }
 
