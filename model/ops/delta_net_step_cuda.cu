@@ -133,11 +133,11 @@ __global__ void __launch_bounds__(2 * kDim, kDim == 128 ? 2 : 6)
   const T* const z = static_cast<const T*>(conv.z) + begin * conv.z_stride;
   for (int t = 0; t < count; ++t) {
     Token& token = tokens[t % 2];
-    const float y = Activated(conv.activation, qk.Next());
+    const float y = Activated<T>(conv.activation, qk.Next());
     (thread < kDim ? token.q : token.k - kDim)[thread] = y;
     const float sum = WarpSum(l2 ? y * y : y);
     if (thread % 32 == 0) token.sums[thread / 32] = sum;
-    if (has_v) token.v[thread] = Activated(QkActivation::kSilu, v.Next());
+    if (has_v) token.v[thread] = Activated<T>(QkActivation::kSilu, v.Next());
     float beta = conv.beta_scale;
     if (conv.has_beta) beta *= Sigmoid(ToFloat(z[t * conv.z_stride + 3 * third + head]));
     if (t + 1 < count) {

@@ -1,14 +1,26 @@
-// The front of a `delta_net` mixer on a GPU. A block takes kTile tokens through one head of q, k or v (the
-// last block of a tile: through beta), a warp a token, lanes over channels, so that z is read and out written
-// in whole lines; older inputs and the weights come from the L1. Between the head's sum and its norm, values
-// are kept in registers, up to kHeld a lane; wider heads compute them again.
+// The front of a `delta_net` mixer on a GPU, by one of two kernels; tails follow in a kernel of their own,
+// because a row's last block may run before its first has read the old tail.
 //
-// Bytes a token: (2HK + HV + H) values of z and of out. Tails follow in a kernel of their own, because a
-// row's last block may run before its first has read the old tail.
+// Strips, for four taps and heads of a power of two of 8-channel strips, up to 32 (K of 8 to 256), all of it
+// aligned: a thread walks along a tile of tokens with 8 neighbouring channels, whose weights and last three
+// inputs it keeps in registers, so that z is read once but for three tokens at a tile's beginning. Lanes that
+// are neighbours have a head of q or k, and sum it up by shuffles. A block is 128 strips of a tile, a tile's
+// last block its betas; tiles are long where tokens are many, to read weights seldom, and short where they
+// are few, to keep the device busy. A token's bits do not depend on where tiles begin.
+//
+// Heads, for all else: a block takes kTile tokens through one head of q, k or v (the last block of a tile:
+// through beta), a warp a token, lanes over channels, so that z is read and out written in whole lines; older
+// inputs and the weights come from the L1. Between the head's sum and its norm, values are kept in registers,
+// up to kHeld a lane; wider heads compute them again.
+//
+// Bytes a token: (2HK + HV + H) values of z and of out: 24 KiB of bfloat16 for 16 heads of 128, 404 MB for
+// 16,384 tokens, which take 94 us at 4.3 TB/s; for a row, its tail read and written, 144 KiB there.
+#include <algorithm>
 #include <cstdint>
 
 #include "model/ops/cuda_kernels.h"
 #include "model/ops/cuda_util.cuh"
+#include "model/ops/cuda_vector.cuh"
 #include "model/ops/short_conv_cuda.cuh"
 
 namespace deltanet {
@@ -18,6 +30,13 @@ constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kTile = 16;
 constexpr int kHeld = 8;  // Heads of up to 32 * kHeld channels are kept in registers.
+
+constexpr int kStrip = 8;  // Channels of a thread.
+constexpr int kStripTaps = 4;
+constexpr int kPast = kStripTaps - 1;
+constexpr int kAhead = 4;      // Tokens that a thread loads at once.
+constexpr int kMostTile = 32;  // Tokens of a tile, a multiple of kAhead.
+constexpr int kBlocks = 1056;  // That keep a device busy: eight for each of an H100's multiprocessors.
 
 __device__ inline int64_t QkvWidth(const ShortConvQkvArgs& args) {
   return args.heads * (2 * args.key_dim + args.value_dim);
@@ -45,23 +64,146 @@ __device__ inline float Convolved(const RaggedRows& rows, const ShortConvQkvArgs
   return y;
 }
 
+// All of a strip; the choice once.
 template <typename T>
-__global__ void ShortConvKernel(RaggedRows rows, ShortConvQkvArgs args) {
+__device__ inline void Activate(QkActivation activation, float (&y)[kStrip]) {
+  if (activation == QkActivation::kSilu) {
+#pragma unroll
+    for (int c = 0; c < kStrip; ++c) y[c] *= SigmoidFor<T>(y[c]);
+  } else if (activation != QkActivation::kIdentity) {
+#pragma unroll
+    for (int c = 0; c < kStrip; ++c) y[c] = Activated<T>(activation, y[c]);
+  }
+}
+
+// The beta of token n and head h.
+template <typename T>
+__device__ inline void WriteBeta(const ShortConvQkvArgs& args, int64_t n, int64_t h) {
+  const int64_t first = QkvWidth(args);
+  float beta = args.beta_scale;
+  if (args.has_beta) {
+    beta *= SigmoidFor<T>(ToFloat(static_cast<const T*>(args.z)[n * args.z_stride + first + h]));
+  }
+  static_cast<T*>(args.out)[n * args.out_stride + first + h] = FromFloat<T>(beta);
+}
+
+// Grid (tiles, blocks of strips and one more).
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 4)
+    ShortConvStripKernel(RaggedRows rows, ShortConvQkvArgs args, int tile_tokens) {
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * tile_tokens;
+  const int64_t end = begin + tile_tokens < rows.tokens ? begin + tile_tokens : rows.tokens;
+  if (blockIdx.y == gridDim.y - 1) {
+    for (int64_t n = begin + threadIdx.x / 32; n < end; n += kWarps) {
+      for (int64_t h = threadIdx.x % 32; h < args.heads; h += 32) WriteBeta<T>(args, n, h);
+    }
+    return;
+  }
+  const int width = static_cast<int>(QkvWidth(args)), qk = static_cast<int>(2 * args.heads * args.key_dim);
+  const int lanes = static_cast<int>(args.key_dim) / kStrip;  // Of a head of q or k.
+  const int strip = static_cast<int>(blockIdx.y * kThreads + threadIdx.x);
+  // Where a warp has a head to sum up, all its lanes take part: those behind the last channel do the first
+  // strip's work, for nothing.
+  const bool there = strip * kStrip < width;
+  const int channel = there ? strip * kStrip : 0;
+  const bool is_key = channel < qk;
+  const bool warp_has_keys = (strip - static_cast<int>(threadIdx.x % 32)) * kStrip < qk;
+  const QkActivation activation = is_key ? args.activation : QkActivation::kSilu;
+  const bool l2 = args.norm == QkNorm::kL2;
+
+  float weight[kStripTaps][kStrip], bias[kStrip] = {};
+#pragma unroll
+  for (int j = 0; j < kStripTaps; ++j) Load<kStrip>(args.weight + j * width + channel, weight[j]);
+  if (args.bias != nullptr) Load<kStrip>(args.bias + channel, bias);
+
+  const T* const z = static_cast<const T*>(args.z) + channel;
+  T* const out = static_cast<T*>(args.out) + channel;
+  int row = rows.token_row[begin];
+  for (int64_t n = begin; n < end; ++row) {  // The tile's part of a row at a time.
+    const int64_t row_begin = rows.offsets[row];
+    const int64_t part_end = rows.offsets[row + 1] < end ? rows.offsets[row + 1] : end;
+    if (rows.offsets[row + 1] - row_begin <= args.longer_than) n = part_end;
+    if (n == part_end) continue;  // A row without tokens, or with so few.
+    float past[kPast][kStrip];    // The inputs before token n, oldest first.
+#pragma unroll
+    for (int j = 0; j < kPast; ++j) {
+      const int64_t at = n - row_begin - kPast + j;  // In the row.
+      if (at >= 0) {
+        Load<kStrip>(z + (row_begin + at) * args.z_stride, past[j]);
+      } else if (rows.fresh[row] == 0) {
+        Load<kStrip>(args.tail.at(rows.base_slot[row]) + (kPast + at) * width + channel, past[j]);
+      } else {
+#pragma unroll
+        for (int c = 0; c < kStrip; ++c) past[j][c] = 0.0f;
+      }
+    }
+    while (n < part_end) {
+      Packed<T, kStrip> ahead[kAhead];
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) {
+        if (n + a < part_end) ahead[a] = LoadPacked<kStrip>(z + (n + a) * args.z_stride);
+      }
+#pragma unroll
+      for (int a = 0; a < kAhead && n < part_end; ++a, ++n) {
+        float input[kStrip], y[kStrip];
+        Unpack(ahead[a], input);
+#pragma unroll
+        for (int c = 0; c < kStrip; ++c) {
+          y[c] = bias[c];
+#pragma unroll
+          for (int j = 0; j < kPast; ++j) y[c] = fmaf(weight[j][c], past[j][c], y[c]);
+          y[c] = fmaf(weight[kPast][c], input[c], y[c]);
+#pragma unroll
+          for (int j = 0; j + 1 < kPast; ++j) past[j][c] = past[j + 1][c];
+          past[kPast - 1][c] = input[c];
+        }
+        Activate<T>(activation, y);
+        if (warp_has_keys) {
+          float sum = 0.0f;
+#pragma unroll
+          for (int c = 0; c < kStrip; ++c) sum = l2 ? fmaf(y[c], y[c], sum) : sum + y[c];
+          for (int offset = lanes / 2; offset > 0; offset /= 2) {
+            sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+          }
+          if (is_key) {
+            const float inverse = 1.0f / sqrtf(sum + 1e-6f);
+#pragma unroll
+            for (int c = 0; c < kStrip; ++c) y[c] = l2 ? y[c] * inverse : y[c] / sum;
+          }
+        }
+        if (there) Store<kStrip>(y, out + n * args.out_stride);
+      }
+    }
+  }
+}
+
+bool TakesStrips(const ShortConvQkvArgs& args) {
+  const int64_t lanes = args.key_dim / kStrip;
+  return args.taps == kStripTaps && args.key_dim % kStrip == 0 && args.value_dim % kStrip == 0 &&
+         lanes <= 32 && (lanes & (lanes - 1)) == 0 && args.z_stride % kStrip == 0 &&
+         args.out_stride % kStrip == 0 && args.tail.slot_stride % 4 == 0 && args.tail.offset % 4 == 0 &&
+         Aligned16({args.z, args.out, args.weight, args.bias, args.tail.pool});
+}
+
+template <typename T>
+void LaunchStrips(const RaggedRows& rows, const ShortConvQkvArgs& args, cudaStream_t stream) {
+  const int64_t strips = args.heads * (2 * args.key_dim + args.value_dim) / kStrip;
+  const int64_t blocks = (strips + kThreads - 1) / kThreads;
+  const int64_t tile = std::clamp<int64_t>((rows.tokens * blocks + kBlocks - 1) / kBlocks, 1, kMostTile);
+  const dim3 grid(static_cast<unsigned>((rows.tokens + tile - 1) / tile), static_cast<unsigned>(blocks + 1));
+  ShortConvStripKernel<T><<<grid, kThreads, 0, stream>>>(rows, args, static_cast<int>(tile));
+}
+
+template <typename T>
+__global__ void ShortConvHeadKernel(RaggedRows rows, ShortConvQkvArgs args) {
   const int64_t parts = 3 * args.heads + 1;
   const int64_t part = blockIdx.x % parts, tile = blockIdx.x / parts * kTile;
   const int64_t tile_end = tile + kTile < rows.tokens ? tile + kTile : rows.tokens;
   const int64_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   T* const out = static_cast<T*>(args.out);
   if (part == 3 * args.heads) {
-    const int64_t first = QkvWidth(args);
     for (int64_t n = tile + warp; n < tile_end; n += kWarps) {
-      for (int64_t h = lane; h < args.heads; h += 32) {
-        float beta = args.beta_scale;
-        if (args.has_beta) {
-          beta *= Sigmoid(ToFloat(static_cast<const T*>(args.z)[n * args.z_stride + first + h]));
-        }
-        out[n * args.out_stride + first + h] = FromFloat<T>(beta);
-      }
+      for (int64_t h = lane; h < args.heads; h += 32) WriteBeta<T>(args, n, h);
     }
     return;
   }
@@ -74,7 +216,7 @@ __global__ void ShortConvKernel(RaggedRows rows, ShortConvQkvArgs args) {
     const int row = rows.token_row[n];
     const int64_t i = n - rows.offsets[row];
     const auto value = [&](int64_t c) {
-      return Activated(activation, Convolved<T>(rows, args, row, i, first + c));
+      return Activated<T>(activation, Convolved<T>(rows, args, row, i, first + c));
     };
     T* const to = out + n * args.out_stride + first;
     if (is_value) {
@@ -138,8 +280,12 @@ __global__ void ShortConvTailKernel(RaggedRows rows, ShortConvQkvArgs args) {
 template <typename T>
 absl::Status Launch(const RaggedRows& rows, const ShortConvQkvArgs& args, cudaStream_t stream) {
   if (rows.tokens > 0) {
-    const int64_t blocks = (rows.tokens + kTile - 1) / kTile * (3 * args.heads + 1);
-    ShortConvKernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(rows, args);
+    if (TakesStrips(args)) {
+      LaunchStrips<T>(rows, args, stream);
+    } else {
+      const int64_t blocks = (rows.tokens + kTile - 1) / kTile * (3 * args.heads + 1);
+      ShortConvHeadKernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(rows, args);
+    }
     if (absl::Status status = LaunchStatus("ShortConvKernel"); !status.ok()) return status;
   }
   if (rows.rows == 0 || args.taps < 2) return absl::OkStatus();

@@ -7,10 +7,12 @@
 
 namespace deltanet {
 
+// On its way into a T.
+template <typename T>
 __device__ inline float Activated(QkActivation activation, float x) {
   switch (activation) {
     case QkActivation::kSilu:
-      return x * Sigmoid(x);
+      return x * SigmoidFor<T>(x);
     case QkActivation::kRelu:
       return x < 0.0f ? 0.0f : x;  // NaN stays NaN, here and below.
     case QkActivation::kEluPlusOne:

@@ -24,24 +24,33 @@ const int64_t kWidths[] = {1, 3, 16, 17, 64, 100, 256, 1025};
 
 class CudaShortConvTest : public CudaTest {};
 
+// Holds the operator on the device to CheckShortConv.
+void CheckOnDevice(const ShortConvProblem& problem) {
+  CheckShortConv(problem, [&](ShortConvStep* step) {
+    Mirror mirror(problem.aligned);
+    ShortConvQkvArgs args = step->Args();
+    args.z = mirror.Copy(step->z, problem.dtype);
+    args.weight = mirror.Copy(problem.weight);
+    if (args.bias != nullptr) args.bias = mirror.Copy(problem.bias);
+    args.tail.pool = mirror.Map(&step->pool);
+    args.out = mirror.Map(&step->out, problem.dtype);
+    const absl::Status status = ShortConvQkv(mirror.Rows(step->ragged), args, mirror.context());
+    ASSERT_TRUE(status.ok()) << status;
+    mirror.Finish();
+  });
+}
+
 TEST_P(CudaShortConvTest, MatchesTheReferenceHoweverItIsCut) {
   for (const bool aligned : {false, true}) {
-    ForEachShortConvMixer([&](const ShortConvMixer& mixer) {
-      const ShortConvProblem problem(mixer, dtype());
-      CheckShortConv(problem, [&](ShortConvStep* step) {
-        Mirror mirror(aligned);
-        ShortConvQkvArgs args = step->Args();
-        args.z = mirror.Copy(step->z, dtype());
-        args.weight = mirror.Copy(problem.weight);
-        if (args.bias != nullptr) args.bias = mirror.Copy(problem.bias);
-        args.tail.pool = mirror.Map(&step->pool);
-        args.out = mirror.Map(&step->out, dtype());
-        const absl::Status status = ShortConvQkv(mirror.Rows(step->ragged), args, mirror.context());
-        ASSERT_TRUE(status.ok()) << status;
-        mirror.Finish();
-      });
-    });
+    ForEachShortConvMixer(
+        [&](const ShortConvMixer& mixer) { CheckOnDevice(ShortConvProblem(mixer, dtype(), aligned)); });
   }
+}
+
+// So many tokens that a thread takes long tiles of them, which begin and end anywhere in rows.
+TEST_P(CudaShortConvTest, ManyTokensMatchTheReferenceHoweverTheyAreCut) {
+  CheckOnDevice(ShortConvProblem({.heads = 2, .key_dim = 8, .value_dim = 8, .has_bias = true}, dtype(),
+                                 /*aligned=*/true, {3, 12000, 0, 1, 15001, 40, 9002}));
 }
 
 TEST_P(CudaShortConvTest, ZeroKeysStayZeroAndExtremesAreRight) {

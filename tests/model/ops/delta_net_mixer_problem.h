@@ -24,9 +24,9 @@ struct DeltaNetMixerCase {
 };
 
 struct DeltaNetMixerProblem {
-  // Slots are multiples of 64 bytes apart if `aligned`, else of nothing.
+  // If `aligned`, slots are multiples of 64 bytes apart and rows of z and gate of 16, else of nothing.
   DeltaNetMixerProblem(const DeltaNetMixerCase& mixer, DType dtype, bool aligned)
-      : front(mixer.front, dtype),
+      : front(mixer.front, dtype, aligned),
         mixer(mixer),
         aligned(aligned),
         norm_scale(RandomNormal(mixer.norm_per_head ? mixer.front.value_dim : value_width(), 90)) {
@@ -43,7 +43,7 @@ struct DeltaNetMixerProblem {
     const int64_t end = tail_offset() + front.kept() * mixer.front.qkv();
     return aligned ? RoundUp(end, 16) : end + 3;
   }
-  int64_t gate_stride() const { return value_width() + 3; }
+  int64_t gate_stride() const { return RoundUp(value_width() + 3, aligned ? 8 : 1); }
 
   // All outputs of sequence s in T, [tokens, HV]; with `rounds` what lies between the operators is rounded to
   // the problem's dtype.

@@ -9,10 +9,12 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/functional/function_ref.h"
 #include "gtest/gtest.h"
+#include "model/base/round_up.h"
 #include "model/ops/short_conv.h"
 #include "tests/model/ops/op_test_util.h"
 
@@ -43,14 +45,18 @@ inline std::string MixerName(const ShortConvMixer& m) {
   return name;
 }
 
-// A mixer's weights and seven sequences of its raw projections, held in `dtype`. Where heads are divided by
-// their sum, no head's sum is near zero.
+// A mixer's weights and sequences of its raw projections, held in `dtype`. Where heads are divided by their
+// sum, no head's sum is near zero. If `aligned`, rows of z, out and the tails start at multiples of 16 bytes
+// where their memory does and the widths allow.
 struct ShortConvProblem {
   static constexpr int64_t kZPadding = 3, kOutPadding = 2, kSlotPadding = 5;  // Floats nobody may touch.
 
-  explicit ShortConvProblem(const ShortConvMixer& mixer, DType dtype = DType::kFloat32)
+  explicit ShortConvProblem(const ShortConvMixer& mixer, DType dtype = DType::kFloat32, bool aligned = false,
+                            std::vector<int64_t> lengths = {0, 1, 2, 3, 8, 17, 40})
       : mixer(mixer),
         dtype(dtype),
+        aligned(aligned),
+        lengths(std::move(lengths)),
         weight(RandomNormal(mixer.taps * mixer.qkv(), 60)),
         bias(RandomNormal(mixer.qkv(), 61)) {
     const bool positive = mixer.norm == QkNorm::kSum && mixer.activation != QkActivation::kEluPlusOne;
@@ -60,18 +66,18 @@ struct ShortConvProblem {
       std::for_each(bias.begin(), bias.end(), keep_away_from_zero);
     }
     uint32_t seed = 62;
-    for (const int64_t tokens : {0, 1, 2, 3, 8, 17, 40}) {
+    for (const int64_t tokens : this->lengths) {
       std::vector<float> values = RandomNormal(tokens * mixer.z_width(), seed++, 1.5f);
       if (positive) std::for_each(values.begin(), values.end(), keep_away_from_zero);
       sequences.push_back(Rounded(values, dtype));
-      lengths.push_back(tokens);
     }
   }
 
-  int64_t z_stride() const { return mixer.z_width() + kZPadding; }
-  int64_t out_stride() const { return mixer.out_width() + kOutPadding; }
+  int64_t z_stride() const { return RoundUp(mixer.z_width() + kZPadding, aligned ? 8 : 1); }
+  int64_t out_stride() const { return RoundUp(mixer.out_width() + kOutPadding, aligned ? 8 : 1); }
   int64_t kept() const { return std::max<int64_t>(0, mixer.taps - 1); }
-  int64_t slot_stride() const { return kept() * mixer.qkv() + kSlotPadding; }
+  int64_t slot_stride() const { return RoundUp(kept() * mixer.qkv() + kSlotPadding, aligned ? 4 : 1); }
+  int64_t tail_offset() const { return aligned ? 4 : 2; }
 
   // Raw projections of token t of sequence s.
   const float* Raw(int64_t s, int64_t t) const { return &sequences[s][t * mixer.z_width()]; }
@@ -121,9 +127,10 @@ struct ShortConvProblem {
 
   const ShortConvMixer mixer;
   const DType dtype;
+  const bool aligned;
+  const std::vector<int64_t> lengths;         // Tokens of each sequence.
   std::vector<float> weight, bias;            // [taps, qkv], [qkv]
   std::vector<std::vector<float>> sequences;  // [tokens, z_width] each.
-  std::vector<int64_t> lengths;
 };
 
 // A step of ShortConvQkv in host memory. Slots are two a sequence.
@@ -147,7 +154,7 @@ struct ShortConvStep {
     for (int64_t t = begin; t < end; ++t) {
       const float* raw = problem->Raw(s, t);
       z.insert(z.end(), raw, raw + problem->mixer.z_width());
-      z.insert(z.end(), ShortConvProblem::kZPadding, kNaN);
+      z.insert(z.end(), problem->z_stride() - problem->mixer.z_width(), kNaN);
     }
   }
 
@@ -166,7 +173,9 @@ struct ShortConvStep {
             .z_stride = problem->z_stride(),
             .weight = m.taps > 0 ? problem->weight.data() : nullptr,
             .bias = m.has_bias ? problem->bias.data() : nullptr,
-            .tail = {.pool = pool.data(), .slot_stride = problem->slot_stride(), .offset = 2},
+            .tail = {.pool = pool.data(),
+                     .slot_stride = problem->slot_stride(),
+                     .offset = problem->tail_offset()},
             .out = out.data(),
             .out_stride = problem->out_stride()};
   }
@@ -189,7 +198,7 @@ struct ShortConvStep {
     std::vector<float> pool_after = pool.with_guards();
     for (const int32_t slot : ragged.work_slot) {
       if (slot < 0) continue;
-      const int64_t tail = Guarded::kGuard + slot * problem->slot_stride() + 2;
+      const int64_t tail = Guarded::kGuard + slot * problem->slot_stride() + problem->tail_offset();
       std::copy_n(pool_before.begin() + tail, problem->kept() * m.qkv(), pool_after.begin() + tail);
     }
     ASSERT_TRUE(SameBits(pool_after.data(), pool_before.data(), static_cast<int64_t>(pool_after.size())))
@@ -202,7 +211,7 @@ struct ShortConvStep {
     for (int64_t i = 0; i < problem->kept(); ++i) {
       const int64_t at = t - problem->kept() + i;
       const std::vector<float> zeros(qkv, 0.0f);
-      const float* const got = pool.data() + slot * problem->slot_stride() + 2 + i * qkv;
+      const float* const got = pool.data() + slot * problem->slot_stride() + problem->tail_offset() + i * qkv;
       ASSERT_TRUE(SameBits(got, at >= 0 ? problem->Raw(s, at) : zeros.data(), qkv))
           << "sequence " << s << " after " << t << " tokens, kept input " << i;
     }
@@ -210,8 +219,9 @@ struct ShortConvStep {
 };
 
 // Runs all sequences at once, each as one fresh row, and holds every output to the bound; then again in steps
-// whose rows have random numbers of tokens (some none), in random order, with padding behind them, which gives
-// the same bits. Work slots change now and then, so that base and work differ.
+// whose rows have random numbers of tokens (some none; of a long sequence, many), in random order, with
+// padding behind them, which gives the same bits. Work slots change now and then, so that base and work
+// differ.
 inline void CheckShortConv(const ShortConvProblem& problem, absl::FunctionRef<void(ShortConvStep*)> run) {
   const ShortConvMixer& m = problem.mixer;
   const int64_t count = static_cast<int64_t>(problem.lengths.size());
@@ -266,7 +276,8 @@ inline void CheckShortConv(const ShortConvProblem& problem, absl::FunctionRef<vo
     step.Start();
     const std::vector<int64_t> begin = done;
     for (const int64_t s : order) {
-      done[s] = std::min<int64_t>(problem.lengths[s], done[s] + generator() % 6);
+      const int64_t most = problem.lengths[s] < 100 ? 5 : problem.lengths[s] / 2;
+      done[s] = std::min<int64_t>(problem.lengths[s], done[s] + generator() % (most + 1));
       const int32_t base = slot[s];
       slot[s] = base < 0 ? static_cast<int32_t>(2 * s) : base ^ static_cast<int32_t>(generator() % 2);
       step.Add(s, begin[s], done[s], base, slot[s], base < 0);
@@ -286,8 +297,9 @@ inline void CheckShortConv(const ShortConvProblem& problem, absl::FunctionRef<vo
 
 // Calls `check` for mixers of awkward sizes with every number of taps, activation, norm and kind of beta.
 inline void ForEachShortConvMixer(absl::FunctionRef<void(const ShortConvMixer&)> check) {
-  const ShortConvMixer sizes[] = {{1, 1, 1},     {2, 3, 5},  {3, 32, 16},  {2, 60, 75},
-                                  {1, 128, 128}, {17, 5, 4}, {1, 300, 270}};
+  const ShortConvMixer sizes[] = {{1, 1, 1},     {2, 3, 5},    {3, 32, 16},   {2, 60, 75},
+                                  {1, 128, 128}, {17, 5, 4},   {1, 300, 270}, {5, 8, 16},
+                                  {2, 64, 72},   {1, 256, 24}, {3, 128, 128}};
   int64_t chosen = 0;
   const auto run = [&](ShortConvMixer mixer) {
     mixer.has_beta = chosen % 3 != 0;
