@@ -807,23 +807,11 @@ class Engine final : public Model {
     return ConvQkvActivation(rows, qkv, context);
   }
 
-  // z alone; the convolutions are the mixer's.
-  absl::Status ShortConvFront(int64_t index, const RaggedRows& rows, const float* x,
-                              const OpContext& context) {
-    const LayerWeights& layer = weights_.layers[index];
-    const DType t = weights_.dtype;
-    Workspace& w = workspace_;
-
-    AddRmsNormArgs norm;
-    norm.rows = rows.tokens;
-    norm.width = weights_.config.d_model;
-    norm.x = x;
-    norm.scale = layer.pre_norm;
-    norm.epsilon = weights_.epsilon;
-    norm.normed_dtype = t;
-    norm.normed = w.normed;
-    RETURN_IF_ERROR(AddRmsNorm(norm, context));
-    return Multiply(rows.tokens, w.normed, layer.qkv, t, w.z, w.z_stride, context);
+  // The scale of the norm that layer `index` finds in w.normed, made with the addition before it; null if there
+  // is no such layer, or if it norms the taps that it gathers.
+  const float* NormBefore(int64_t index) const {
+    if (weights_.mixer == MixerKind::kComposed || index == weights_.config.num_layers) return nullptr;
+    return weights_.layers[index].pre_norm;
   }
 
   ShortConvQkvArgs ShortConvOf(int64_t index) const {
@@ -896,7 +884,8 @@ class Engine final : public Model {
     return norm;
   }
 
-  // One layer; the residual stream `x` [N, d] in place.
+  // One layer; the residual stream `x` [N, d] in place, and w.normed from what is before the layer to what is
+  // before the next (NormBefore).
   absl::Status RunLayer(int64_t index, const RaggedRows& rows, float* x, int32_t* nonfinite,
                         const OpContext& context) {
     const LayerWeights& layer = weights_.layers[index];
@@ -910,12 +899,19 @@ class Engine final : public Model {
       RETURN_IF_ERROR(DeltaRule(rows, DeltaRuleOf(index, nonfinite), context));
       RETURN_IF_ERROR(OutputNorm(OutputNormOf(n, layer), context));
     } else {
-      RETURN_IF_ERROR(ShortConvFront(index, rows, x, context));
+      RETURN_IF_ERROR(Multiply(n, w.normed, layer.qkv, t, w.z, w.z_stride, context));
       RETURN_IF_ERROR(DeltaNetMixer(
           rows, {ShortConvOf(index), DeltaRuleOf(index, nonfinite), OutputNormOf(n, layer)}, context));
     }
     RETURN_IF_ERROR(Multiply(n, w.normed, layer.out, t, w.product, d, context));
 
+    // The layer's last addition also makes the norm before the next layer.
+    const auto norm_for_next = [&](AddRmsNormArgs* last) {
+      last->scale = NormBefore(index + 1);
+      if (last->scale == nullptr) return;
+      last->normed_dtype = t;
+      last->normed = w.normed;
+    };
     // x = post_norm(res + m), and with it the norm that the feed-forward wants.
     AddRmsNormArgs add;
     add.rows = n;
@@ -935,6 +931,7 @@ class Engine final : public Model {
         add.normed_dtype = t;
         add.normed = w.normed;
       }
+      if (!layer.has_ff) norm_for_next(&add);
     }
     RETURN_IF_ERROR(AddRmsNorm(add, context));
     if (!layer.has_ff) return absl::OkStatus();
@@ -978,6 +975,7 @@ class Engine final : public Model {
       add_ff.normed = x;
     } else {
       add_ff.sum = x;
+      norm_for_next(&add_ff);
     }
     return AddRmsNorm(add_ff, context);
   }
@@ -1038,6 +1036,17 @@ class Engine final : public Model {
       embed.table = weights_.embedding;
       embed.out = x;
       RETURN_IF_ERROR(Embed(rows, embed, context));
+    }
+    if (const float* const scale = NormBefore(0); scale != nullptr) {
+      AddRmsNormArgs norm;
+      norm.rows = rows.tokens;
+      norm.width = d;
+      norm.x = x;
+      norm.scale = scale;
+      norm.epsilon = weights_.epsilon;
+      norm.normed_dtype = weights_.dtype;
+      norm.normed = workspace_.normed;
+      RETURN_IF_ERROR(AddRmsNorm(norm, context));
     }
     for (int64_t l = 0; l < weights_.config.num_layers; ++l) {
       RETURN_IF_ERROR(RunLayer(l, rows, x, side.nonfinite, context));
