@@ -17,6 +17,7 @@
 #include "model/ops/delta_net_mixer.h"
 #include "model/ops/delta_rule.h"
 #include "model/ops/delta_rule_cuda.h"
+#include "tests/bench/cuda_bench_util.cuh"
 
 namespace deltanet {
 
@@ -25,41 +26,6 @@ void CopyDeltaRuleClocks(int (*clocks)[10]);
 #endif
 
 namespace {
-
-void Check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(error));
-  std::exit(1);
-}
-void Check(const absl::Status& status) {
-  if (status.ok()) return;
-  std::fprintf(stderr, "%s\n", status.ToString().c_str());
-  std::exit(1);
-}
-
-void NotOnTheHost(int64_t, int64_t, absl::FunctionRef<void(int64_t, int64_t)>) {}
-
-template <typename T>
-class Array {
- public:
-  explicit Array(int64_t size) : size_(size) { Check(cudaMalloc(&data_, size * sizeof(T)), "cudaMalloc"); }
-  explicit Array(const std::vector<T>& host) : Array(static_cast<int64_t>(host.size())) {
-    Check(cudaMemcpy(data_, host.data(), size_ * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
-  }
-  Array(const Array&) = delete;
-  Array& operator=(const Array&) = delete;
-  ~Array() { cudaFree(data_); }
-  T* data() const { return data_; }
-  std::vector<T> Host() const {
-    std::vector<T> host(size_);
-    Check(cudaMemcpy(host.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost), "cudaMemcpy");
-    return host;
-  }
-
- private:
-  int64_t size_;
-  T* data_ = nullptr;
-};
 
 // Roughly normal, a function of `index`.
 __device__ float Noise(uint64_t index) {
@@ -99,38 +65,6 @@ __global__ void FillStates(float* states, int64_t count) {
        i += gridDim.x * int64_t{blockDim.x}) {
     states[i] = 0.1f * Noise(i);
   }
-}
-
-// `queue` queues the call on the stream.
-template <typename Queue>
-double MedianMicroseconds(cudaStream_t stream, int replays, const Queue& queue) {
-  Check(queue());  // Loads the kernel, raises its shared memory.
-  Check(cudaStreamSynchronize(stream), "the first call");
-  cudaGraph_t graph;
-  cudaGraphExec_t exec;
-  Check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "begin capture");
-  Check(queue());
-  Check(cudaStreamEndCapture(stream, &graph), "end capture");
-  Check(cudaGraphInstantiate(&exec, graph, 0), "instantiate");
-  cudaEvent_t begin, end;
-  Check(cudaEventCreate(&begin), "event");
-  Check(cudaEventCreate(&end), "event");
-  std::vector<float> times;
-  for (int i = 0; i < replays + 3; ++i) {
-    Check(cudaEventRecord(begin, stream), "record");
-    Check(cudaGraphLaunch(exec, stream), "launch");
-    Check(cudaEventRecord(end, stream), "record");
-    Check(cudaEventSynchronize(end), "a replay");
-    float milliseconds = 0;
-    Check(cudaEventElapsedTime(&milliseconds, begin, end), "elapsed");
-    if (i >= 3) times.push_back(1000 * milliseconds);
-  }
-  cudaEventDestroy(begin);
-  cudaEventDestroy(end);
-  cudaGraphExecDestroy(exec);
-  cudaGraphDestroy(graph);
-  std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
-  return times[times.size() / 2];
 }
 
 void PrintClocks() {

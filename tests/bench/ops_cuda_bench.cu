@@ -1,0 +1,174 @@
+// What lies between the products of a `delta_net` layer, on a GPU, at the sizes of the 1.3B model in bfloat16
+// (d = 2048, 16 heads of 128, f = 5632). A JSON line a case: the median time of a CUDA graph that holds one
+// call, the bytes that the call has to move in that time, and that rate as a share of a plain copy's,
+// measured first. Steps of few tokens stay in the L2.
+//
+//   ops_cuda_bench [REPLAYS]     (30)
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "model/ops/elementwise.h"
+#include "model/ops/output_norm.h"
+#include "model/ops/rms_norm.h"
+#include "model/ops/short_conv.h"
+#include "tests/bench/cuda_bench_util.cuh"
+
+namespace deltanet {
+namespace {
+
+constexpr int64_t kD = 2048, kHeads = 16, kSize = 128, kF = 5632, kTaps = 4;
+constexpr int64_t kQkv = 3 * kD, kGate = kQkv + kHeads, kZStride = kGate + kD, kOutStride = kQkv + kHeads;
+constexpr RmsEpsilon kNormEpsilon = {.after = 0.0f, .inside = 1e-5f};
+
+class Bench {
+ public:
+  Bench(int64_t most_tokens, int replays)
+      : replays_(replays),
+        x_(most_tokens * kD),
+        scale_(kF),
+        narrow_(most_tokens * kD),
+        normed_(most_tokens * kD),
+        wide_(most_tokens * 2 * kF),
+        gated_(most_tokens * std::max(kF, kOutStride)) {
+    Check(cudaStreamCreate(&stream_), "stream");
+    Clear(x_, most_tokens * kD);
+    Clear(scale_, kF);
+    Clear(narrow_, most_tokens * kD);
+    Clear(wide_, most_tokens * 2 * kF);
+    const int64_t bytes = most_tokens * kF * 2;
+    const double us = MedianMicroseconds(stream_, replays_, [&] {
+      Check(cudaMemcpyAsync(gated_.data(), wide_.data(), bytes, cudaMemcpyDeviceToDevice, stream_), "copy");
+      return absl::OkStatus();
+    });
+    copy_rate_ = 2.0 * static_cast<double>(bytes) / us;
+    Print("copy", most_tokens, us, 2.0 * static_cast<double>(bytes));
+  }
+  ~Bench() { cudaStreamDestroy(stream_); }
+
+  void Norm(int64_t N) {
+    const AddRmsNormArgs args{.rows = N,
+                              .width = kD,
+                              .x = x_.data(),
+                              .delta_dtype = DType::kBFloat16,
+                              .delta = narrow_.data(),
+                              .sum = x_.data(),
+                              .scale = scale_.data(),
+                              .epsilon = kNormEpsilon,
+                              .normed_dtype = DType::kBFloat16,
+                              .normed = normed_.data()};
+    Measure("AddRmsNorm", N, 12.0 * kD * N, [&] { return AddRmsNorm(args, context()); });
+  }
+
+  void Gated(int64_t N) {
+    const GatedUnitArgs args{.kind = GateKind::kSiluFirst,
+                             .rows = N,
+                             .width = kF,
+                             .dtype = DType::kBFloat16,
+                             .x = wide_.data(),
+                             .out = gated_.data()};
+    Measure("GatedUnit", N, 6.0 * kF * N, [&] { return GatedUnit(args, context()); });
+  }
+
+  void Output(int64_t N) {
+    const OutputNormArgs args{.rows = N,
+                              .groups = kHeads,
+                              .width = kSize,
+                              .dtype = DType::kBFloat16,
+                              .x = narrow_.data(),
+                              .scale = scale_.data(),
+                              .epsilon = kNormEpsilon,
+                              .gate = wide_.data() + kGate,
+                              .gate_stride = kZStride,
+                              .out = normed_.data()};
+    Measure("OutputNorm", N, 6.0 * kD * N, [&] { return OutputNorm(args, context()); });
+  }
+
+  // R rows of T tokens.
+  void Conv(int64_t R, int64_t T) {
+    const int64_t N = R * T, tail = (kTaps - 1) * kQkv;
+    std::vector<int32_t> offsets = {0}, token_row, base, work;
+    for (int32_t r = 0; r < R; ++r) {
+      offsets.push_back(offsets.back() + static_cast<int32_t>(T));
+      token_row.resize(offsets.back(), r);
+      base.push_back(2 * r);
+      work.push_back(2 * r + 1);
+    }
+    const Array<int32_t> offsets_there(offsets), token_row_there(token_row), base_there(base),
+        work_there(work);
+    const Array<uint8_t> fresh(std::vector<uint8_t>(R, 0));
+    const Array<float> pool(2 * R * tail), weight(kTaps * kQkv);
+    Clear(pool, 2 * R * tail);
+    Clear(weight, kTaps * kQkv);
+    const RaggedRows rows{.rows = R,
+                          .tokens = N,
+                          .shortest = T,
+                          .longest = T,
+                          .offsets = offsets_there.data(),
+                          .token_row = token_row_there.data(),
+                          .base_slot = base_there.data(),
+                          .work_slot = work_there.data(),
+                          .fresh = fresh.data()};
+    const ShortConvQkvArgs args{.heads = kHeads,
+                                .key_dim = kSize,
+                                .value_dim = kSize,
+                                .taps = kTaps,
+                                .dtype = DType::kBFloat16,
+                                .z = wide_.data(),
+                                .z_stride = kZStride,
+                                .weight = weight.data(),
+                                .tail = {.pool = pool.data(), .slot_stride = tail, .offset = 0},
+                                .out = gated_.data(),
+                                .out_stride = kOutStride};
+    const double bytes = 4.0 * kOutStride * N + 8.0 * tail * R;
+    Measure(T == 1 ? "ShortConvQkv, a token a row" : "ShortConvQkv", N, bytes,
+            [&] { return ShortConvQkv(rows, args, context()); });
+  }
+
+ private:
+  template <typename T>
+  void Clear(const Array<T>& array, int64_t size) {
+    Check(cudaMemset(array.data(), 0, size * sizeof(T)), "clearing");
+  }
+  OpContext context() const {
+    return {
+        .device = {.type = DeviceType::kCuda, .index = 0}, .parallel_for = NotOnTheHost, .stream = stream_};
+  }
+  void Measure(const char* op, int64_t tokens, double bytes, absl::FunctionRef<absl::Status()> call) {
+    Print(op, tokens, MedianMicroseconds(stream_, replays_, call), bytes);
+  }
+  void Print(const char* op, int64_t tokens, double us, double bytes) const {
+    std::printf("{\"op\": \"%s\", \"tokens\": %lld, \"us\": %.1f, \"gb_per_s\": %.0f, \"of_copy\": %.2f}\n",
+                op, static_cast<long long>(tokens), us, bytes / us * 1e-3, bytes / us / copy_rate_);
+    std::fflush(stdout);
+  }
+
+  const int replays_;
+  cudaStream_t stream_ = nullptr;
+  double copy_rate_ = 0;  // Bytes a microsecond, read and written.
+  const Array<float> x_, scale_;
+  const Array<uint16_t> narrow_, normed_, wide_, gated_;
+};
+
+}  // namespace
+}  // namespace deltanet
+
+int main(int argc, char** argv) {
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+    std::printf("no GPU\n");
+    return 77;
+  }
+  deltanet::Bench bench(16384, argc > 1 ? std::atoi(argv[1]) : 30);
+  for (const int64_t tokens : {1, 32, 256, 2048, 16384}) {
+    bench.Norm(tokens);
+    bench.Gated(tokens);
+    bench.Output(tokens);
+    if (tokens <= 256) bench.Conv(tokens, 1);
+    if (tokens > 1) bench.Conv(1, tokens);
+  }
+  bench.Conv(8, 2048);
+  return 0;
+}
