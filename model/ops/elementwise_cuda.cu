@@ -1,5 +1,5 @@
 // Gated units, the embedding lookup and what is carried between steps on a GPU, each value read and written
-// once: a thread a value, in gated units 16 bytes of them where a row's width and place allow.
+// once: a thread a value, in gated units and the lookup 16 bytes of them where a row's width and place allow.
 //
 // Bytes a token of a gated unit: 3 f values: 33 KiB of bfloat16 at f = 5632, 554 MB for 16,384 tokens, which
 // take 129 us at 4.3 TB/s.
@@ -13,6 +13,11 @@ namespace deltanet {
 namespace {
 
 constexpr int kThreads = 256;
+
+// A grid of rows and their pieces, for a thread a vector.
+dim3 RowPieces(int64_t rows, int64_t vectors, int threads) {
+  return {static_cast<unsigned>(rows), static_cast<unsigned>((vectors + threads - 1) / threads)};
+}
 
 template <typename T>
 __device__ inline float Gated(GateKind kind, float first, float second) {
@@ -45,26 +50,38 @@ __global__ void GatedUnitKernel(GatedUnitArgs args) {
 template <typename T>
 void LaunchGatedUnit(const GatedUnitArgs& args, cudaStream_t stream) {
   constexpr int kN = 16 / sizeof(T);
-  const auto grid = [&](int64_t vectors, int threads) {
-    return dim3(static_cast<unsigned>(args.rows), static_cast<unsigned>((vectors + threads - 1) / threads));
-  };
   if (args.width % kN == 0 && Aligned16({args.x, args.bias, args.out})) {
     const int threads = BlockThreads(args.width / kN);
-    GatedUnitKernel<T, kN><<<grid(args.width / kN, threads), threads, 0, stream>>>(args);
+    GatedUnitKernel<T, kN><<<RowPieces(args.rows, args.width / kN, threads), threads, 0, stream>>>(args);
   } else {
     const int threads = BlockThreads(args.width);
-    GatedUnitKernel<T, 1><<<grid(args.width, threads), threads, 0, stream>>>(args);
+    GatedUnitKernel<T, 1><<<RowPieces(args.rows, args.width, threads), threads, 0, stream>>>(args);
   }
 }
 
-template <typename T>
+// A block is a piece of a token's row, a thread kN neighbouring values of it.
+template <typename T, int kN>
 __global__ void EmbedKernel(RaggedRows rows, EmbedArgs args) {
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (index >= rows.tokens * args.width) return;
-  const int64_t n = index / args.width;
+  const int64_t n = blockIdx.x;
+  const int64_t i = kN * (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x);
+  if (i >= args.width) return;
   int64_t id = args.ids[n];
   if (id == kSampledId) id = __float_as_int(*args.sampled.at(rows.base_slot[rows.token_row[n]]));
-  args.out[index] = ToFloat(static_cast<const T*>(args.table)[id * args.width + index % args.width]);
+  float values[kN];
+  Load<kN>(static_cast<const T*>(args.table) + id * args.width + i, values);
+  Store<kN>(values, args.out + n * args.width + i);
+}
+
+template <typename T>
+void LaunchEmbed(const RaggedRows& rows, const EmbedArgs& args, cudaStream_t stream) {
+  constexpr int kN = 16 / sizeof(T);
+  if (args.width % kN == 0 && Aligned16({args.table, args.out})) {
+    const int threads = BlockThreads(args.width / kN);
+    EmbedKernel<T, kN><<<RowPieces(rows.tokens, args.width / kN, threads), threads, 0, stream>>>(rows, args);
+  } else {
+    const int threads = BlockThreads(args.width);
+    EmbedKernel<T, 1><<<RowPieces(rows.tokens, args.width, threads), threads, 0, stream>>>(rows, args);
+  }
 }
 
 // A thread alone reads and writes its value of each place, so base may be work.
@@ -98,9 +115,9 @@ absl::Status EmbedCuda(const RaggedRows& rows, const EmbedArgs& args, void* stre
   if (rows.tokens == 0) return absl::OkStatus();
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   if (args.dtype == DType::kBFloat16) {
-    EmbedKernel<__nv_bfloat16><<<Blocks(rows.tokens * args.width), kThreads, 0, cuda_stream>>>(rows, args);
+    LaunchEmbed<__nv_bfloat16>(rows, args, cuda_stream);
   } else {
-    EmbedKernel<float><<<Blocks(rows.tokens * args.width), kThreads, 0, cuda_stream>>>(rows, args);
+    LaunchEmbed<float>(rows, args, cuda_stream);
   }
   return LaunchStatus("EmbedKernel");
 }

@@ -20,7 +20,7 @@
 namespace deltanet {
 namespace {
 
-const int64_t kWidths[] = {1, 3, 16, 17, 64, 100, 256, 1025};
+const int64_t kWidths[] = {1, 3, 16, 17, 64, 100, 256, 1025, 2056};
 
 class CudaShortConvTest : public CudaTest {};
 
