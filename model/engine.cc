@@ -5,7 +5,15 @@
 // d/H) once a row. FLOPs a token and layer: 20 d^2 in products (6 f d more with a feed-forward of width f)
 // and 6 d d/H in the delta rule.
 //
-// A step with few tokens is bound by the host, which has some 300 launches to make. So where the device has graphs,
+// On a GPU, `delta_net` in bfloat16 (f wide feed-forward): a layer is 8 launches where rows have few tokens, four
+// products and between them the mixer, the addition with the feed-forward's norm, the gated unit, and the addition with
+// the next layer's norm; 11 where rows are long and the mixer is the convolution, its tails, the delta rule and the
+// output norm. Between the products move, a token: convolution 12 d, delta rule 8 d, output norm 4 d, the two additions
+// 12 d each (the residual stream is float32), gated unit 6 f bytes: 132 KB for d = 2048, f = 5632, in 24 layers and 16,384
+// tokens 52 GB, 12 ms at 4.3 TB/s, beside 51 ms of products at 790 TFLOP/s. A step of single tokens reads the weights
+// once (2.6 GB, 0.61 ms) and reads and writes each session's state (50 MB, 12 us).
+//
+// A step with few tokens is bound by the host, which has 200 to 300 launches to make. So where the device has graphs,
 // steps whose rows have one token each (generation, streams fed token by token) are launched as one: everything
 // between the input's copy and the outputs', sampling included, is captured when the model has been loaded, once for
 // each of a few numbers of rows, for outputs that are handed over and for such that are read out, and for each
