@@ -35,10 +35,10 @@
 //
 // So the choice is by instruction set and not by length: AVX-512, whose 64-byte stores are the bottleneck,
 // takes tokens in pairs wherever there are two; narrower vectors, bound by multiply-adds, never do. Chunks of
-// 4 (234 and 247 GFLOP/s at K = V = 64 and 128) and 8 (182, 188) run out of registers. Pairs are made of a
-// row's first run of tokens with beta other than 0; the rest is taken singly, because a token with beta = 0
-// (outside the sequence, so at an end of the row) leaves every bit of S as it was, which adding 0 to -0 would
-// not.
+// 4 (234 and 247 GFLOP/s at K = V = 64 and 128) and 8 (182, 188) run out of registers. A pair is an even
+// token of the row and the next, if neither has beta = 0; others are taken singly, because a token with beta
+// = 0 (outside the sequence, or where sigmoid(x) is too small) leaves every bit of S as it was, which adding
+// 0 to -0 would not. So a row that is cut at even tokens gives the same bits as the whole.
 #include "model/ops/delta_rule.h"
 
 #include <algorithm>

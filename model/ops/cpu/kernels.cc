@@ -135,7 +135,7 @@ inline Vec Sigmoid(Vec x) {
 constexpr int kStripVectors = 2;
 constexpr int64_t kScratchFloats = 8192;
 // Whether tokens are taken in pairs. AVX-512 is slowed down by storing the state at every token, narrower
-// vectors are not. token.
+// vectors are not.
 constexpr bool kInPairs = kLanes == 16;
 
 // Rows of S, `stride` floats apart.
@@ -167,20 +167,14 @@ class Strip {
       Copy({nullptr, 0}, home_);
       state_ = home_;
     }
-    // Tokens outside the sequence (beta is zero) lie at its ends.
-    int64_t begin = 0, end = span_.tokens;
-    while (begin < end && Beta(begin) == 0) ++begin;
-    int64_t paired_end = begin;
-    while (paired_end < end && Beta(paired_end) != 0) ++paired_end;
-    if (kInPairs && paired_end - begin >= 2) {
-      paired_end -= (paired_end - begin) % 2;
-      if (begin > 0) check = RunSingly(0, begin);
-      check = RunInPairs(begin, paired_end);
-      begin = paired_end;
-    } else {
-      begin = 0;
+    for (int64_t begin = 0; begin < span_.tokens;) {
+      const bool paired = IsPair(begin);
+      int64_t end = begin;
+      while (end < span_.tokens && IsPair(end) == paired) end += 2;
+      end = end < span_.tokens ? end : span_.tokens;
+      check = paired ? RunInPairs(begin, end) : RunSingly(begin, end);
+      begin = end;
     }
-    if (begin < end) check = RunSingly(begin, end);
     if (state_.rows != work_.rows || span_.tokens == 0) check = Copy(state_, work_);
     return Sum(check) != 0;
   }
@@ -205,6 +199,11 @@ class Strip {
   }
   void StoreState(Vec s, StateRows to, int64_t i, int c) const {
     StoreLanes<kPartial>(s, to.rows + i * to.stride + c * kLanes, lanes_);
+  }
+  // Whether tokens t and t + 1 (t is even) are taken together: by themselves and their place alone, so that
+  // it does not matter where a row is cut, if at an even token.
+  bool IsPair(int64_t t) const {
+    return kInPairs && t + 1 < span_.tokens && Beta(t) != 0 && Beta(t + 1) != 0;
   }
   // Where the state goes with the last token before `end`.
   StateRows Target(int64_t end) const { return end == span_.tokens ? work_ : home_; }

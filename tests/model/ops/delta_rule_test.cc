@@ -66,6 +66,30 @@ TEST_P(DeltaRuleShapeTest, AnySplitGivesTheSameState) {
   }
 }
 
+TEST_P(DeltaRuleShapeTest, CutsAtMultiplesOf64ChangeNoBit) {
+  constexpr int64_t kTokens = 200;
+  for (const std::vector<int64_t>& zeros :
+       {std::vector<int64_t>{}, {0}, {0, 1, 2}, {0, 63, 64, 65, 199}, {127}, {128, 130}}) {
+    for (const std::vector<int64_t>& pieces :
+         {std::vector<int64_t>{64, 64, 72}, {64, 136}, {128, 72}, {192, 8}}) {
+      Ragged row;
+      row.Add(kTokens, 0, 1);
+      DeltaRuleProblem whole(sizes(), row, 2, 31), cut(sizes(), row, 2, 31);
+      for (const int64_t n : zeros) whole.SetBeta(n, 0), cut.SetBeta(n, 0);
+      whole.Run();
+      int64_t done = 0;
+      for (const int64_t tokens : pieces) {
+        Ragged piece;
+        piece.Add(tokens, done == 0 ? 0 : 1, 1);
+        ASSERT_TRUE(DeltaRule(piece.rows(), cut.Args(done), SerialContext()).ok());
+        done += tokens;
+      }
+      EXPECT_TRUE(SameBits(cut.slot(1), whole.slot(1), whole.StateSize()));
+      EXPECT_TRUE(SameBits(cut.out(0), whole.out(0), kTokens * whole.OutWidth()));
+    }
+  }
+}
+
 TEST_P(DeltaRuleShapeTest, RowsDoNotDependOnBatchMatesOrderSlotOrThreads) {
   const std::vector<int64_t> lengths = {5, 1, 33, 0, 2, 64, 1};
   Ragged ragged;
