@@ -56,6 +56,8 @@ namespace {
 
 constexpr int64_t kAlignment = 16;  // Floats of a slot's parts.
 static_assert(kMaxTop == kMaxTopTokens, "as many as a row may want, a readout gives");
+static_assert(kFewTokens == kDeltaRuleFewTokens,
+              "cuts leave rows to the kernel that the message would have gone to");
 
 // A model over tokens without look-ahead can score and generate.
 bool Generates(const ModelConfig& config) {
@@ -95,7 +97,7 @@ constexpr int64_t kLogitsBytes = int64_t{64} << 20;
 
 int64_t MaxLogits(const Weights& weights, const ModelOptions& options) {
   const int64_t fit = kLogitsBytes / (weights.head.outputs * DTypeBytes(DType::kFloat32));
-  return std::clamp<int64_t>(fit, std::min<int64_t>(64, options.max_step_tokens), options.max_step_tokens);
+  return std::clamp(fit, std::min(kMinStepTokens, options.max_step_tokens), options.max_step_tokens);
 }
 
 // Lays out buffers one behind the other.

@@ -45,7 +45,8 @@ struct ModelDescription {
   int64_t graph_bytes = 0;      // Of the device's memory, for these.
   int64_t max_step_tokens = 0;  // Largest step that Prepare takes: workspace is sized for it.
   int64_t max_step_rows = 0;
-  int64_t max_step_logits = 0;  // Models over tokens: most tokens of a step whose logits are handed over.
+  // Models over tokens: most tokens of a step whose logits are handed over. At least kMinStepTokens, or all.
+  int64_t max_step_logits = 0;
   int max_steps_in_flight =
       1;  // Launched and not yet waited for: 1 where Launch computes (CPU), 2 where it queues.
 };
@@ -69,6 +70,14 @@ enum class ReadoutKind : uint8_t {
 inline constexpr int kMaxTop = 64;  // Of StepRow::top.
 
 // One row of a step: `tokens` tokens of one sequence, of which the first may be real and the last may be
+// A message may be cut into rows at multiples of kCutTokens from its start, so that kFewTokens or fewer
+// tokens are never a row of their own (for such rows there are other kernels) unless they are the message:
+// then the cuts change no bit of what comes out.
+inline constexpr int64_t kCutTokens = 64;
+inline constexpr int64_t kFewTokens = 16;
+// A step that holds this many tokens has room for a row of any message.
+inline constexpr int64_t kMinStepTokens = kCutTokens + kFewTokens;
+
 // flush tokens (those at times >= end, which carry no input). See model/ops/rows.h for time, position and
 // end.
 struct StepRow {

@@ -17,11 +17,13 @@
 namespace deltanet {
 namespace {
 
-constexpr int64_t kPieceMultiple = 64;  // The chunk length of the delta rule's kernels.
-
-// The longest piece of `remaining` tokens that `room` tokens hold: all of it, or a multiple of 64.
-int64_t FitPiece(int64_t remaining, int64_t room) {
-  return remaining <= room ? remaining : room / kPieceMultiple * kPieceMultiple;
+// The next piece of `remaining` tokens for somebody whose share is `share` tokens, at least 64, where `room`
+// are left: all of them, or a multiple of 64 that leaves more than kFewTokens; 0 if none fits. A share may be
+// exceeded by kFewTokens, for what would be left alone otherwise.
+int64_t FitPiece(int64_t remaining, int64_t share, int64_t room) {
+  if (remaining <= std::min(share + kFewTokens, room)) return remaining;
+  const int64_t piece = std::min(share, room) / kCutTokens * kCutTokens;
+  return remaining - piece > kFewTokens ? piece : std::max<int64_t>(0, piece - kCutTokens);
 }
 
 int64_t RowBytes(int64_t rows, int64_t width, DType dtype) { return rows * width * DTypeBytes(dtype); }
@@ -121,7 +123,7 @@ class Batcher::Impl {
  public:
   Impl(const BatcherOptions& options, Clock* clock, BatchObserver* observer)
       : options_(options), clock_(clock), observer_(observer) {
-    DELTANET_CHECK(options_.piece_tokens >= kPieceMultiple && options_.piece_tokens % kPieceMultiple == 0,
+    DELTANET_CHECK(options_.piece_tokens >= kCutTokens && options_.piece_tokens % kCutTokens == 0,
                    "piece_tokens must be a positive multiple of 64");
   }
 
@@ -162,9 +164,11 @@ class Batcher::Impl {
     DELTANET_CHECK(!started_, "models are added before Start");
     DELTANET_CHECK(running_slots >= 1 && running_slots <= description.num_slots,
                    "running_slots must be in [1, num_slots]");
-    DELTANET_CHECK(description.max_step_tokens >= kPieceMultiple && description.max_step_rows >= 1 &&
+    DELTANET_CHECK(description.max_step_tokens >= kMinStepTokens && description.max_step_rows >= 1 &&
                        description.max_steps_in_flight >= 1,
-                   "a step must hold 64 tokens and a row");
+                   "a step must hold kMinStepTokens tokens and a row");
+    DELTANET_CHECK(!description.takes_tokens || description.max_step_logits >= kMinStepTokens,
+                   "a step must hand over the logits of kMinStepTokens tokens");
     auto served = std::make_unique<Served>();
     served->model = model;
     served->description = description;
@@ -609,11 +613,14 @@ class Batcher::Impl {
       return static_cast<bool>(lane->working);
     };
 
-    // Those that generate, a row each; others find some rows left.
+    // Those that generate, a row each; others find some rows left, and tokens for a piece.
     const int64_t kept_rows = served.ready.empty() ? 0 : std::max<int64_t>(1, description.max_step_rows / 16);
     const int64_t generating_rows = std::max<int64_t>(1, description.max_step_rows - kept_rows);
+    const int64_t kept_tokens =
+        served.ready.empty() ? 0 : std::min(kMinStepTokens, description.max_step_tokens / 2);
     for (int64_t waiting = static_cast<int64_t>(served.generating.size());
-         waiting > 0 && left > 0 && static_cast<int64_t>(picks.size()) < generating_rows; --waiting) {
+         waiting > 0 && left > kept_tokens && static_cast<int64_t>(picks.size()) < generating_rows;
+         --waiting) {
       std::shared_ptr<Lane> lane = std::move(served.generating.front());
       served.generating.pop_front();
       if (!has_slot(lane.get())) {
@@ -627,7 +634,7 @@ class Batcher::Impl {
       picks.push_back(pick);
       lanes.push_back(std::move(lane));
     }
-    const int64_t room_with_generations = std::max(options_.mixed_step_tokens, kPieceMultiple);
+    const int64_t room_with_generations = std::max(options_.mixed_step_tokens, kMinStepTokens);
     const int64_t unused = picks.empty() ? 0 : std::max<int64_t>(0, left - room_with_generations);
     left -= unused;
 
@@ -642,8 +649,8 @@ class Batcher::Impl {
                           head.work->readout == ReadoutKind::kValues;
       Pick pick;
       pick.logits = logits && !head.work->last_only;
-      const int64_t room = std::min(options_.piece_tokens, left);
-      pick.tokens = FitPiece(remaining, pick.logits ? std::min(room, logits_left) : room);
+      pick.tokens =
+          FitPiece(remaining, options_.piece_tokens, pick.logits ? std::min(left, logits_left) : left);
       const int64_t takes_logits = pick.logits ? pick.tokens : logits ? 1 : 0;
       if (pick.tokens == 0 || takes_logits > logits_left || !has_slot(lane.get())) {
         passed_over.push_back(std::move(lane));
@@ -680,11 +687,10 @@ class Batcher::Impl {
       const int64_t takers =
           std::count_if(picks.begin(), picks.end(), [](const Pick& p) { return p.more > 0; });
       if (takers == 0) break;
-      const int64_t share = std::max(kPieceMultiple, left / takers / kPieceMultiple * kPieceMultiple);
+      const int64_t share = std::max(kCutTokens, left / takers / kCutTokens * kCutTokens);
       given = false;
       for (Pick& pick : picks) {
-        const int64_t room = std::min(share, left);
-        const int64_t piece = FitPiece(pick.more, pick.logits ? std::min(room, logits_left) : room);
+        const int64_t piece = FitPiece(pick.more, share, pick.logits ? std::min(left, logits_left) : left);
         if (piece == 0) continue;
         pick.tokens += piece;
         pick.more -= piece;

@@ -1,9 +1,13 @@
 // Gathers the work of many clients into steps of a ragged batch and runs them on one device's models.
 //
 // A Lane is an ordered stream of work over one state: a session, or one stateless sequence. At most one piece
-// of a lane is in a step, in the order of submission. A long work is cut into pieces at multiples of 64
-// tokens from its own start, and lanes take turns, so a lane with one token never waits behind a whole
-// prompt.
+// of a lane is in a step, in the order of submission. A long work is cut into pieces, and lanes take turns,
+// so a lane with one token never waits behind a whole prompt.
+//
+// Cuts. A work is cut at multiples of 64 tokens from its own start (flush tokens counted), and never so that
+// 16 or fewer are left over: these go along with the piece before them, and where the step has no room for
+// both, the cut is 64 tokens earlier. So a work is one row of at most 16 tokens, or pieces of more than 16
+// each, whatever it shares its steps with; model.h says why (kCutTokens).
 //
 // Commit. A lane has a base slot (its committed state; none while it is fresh), a work has a working slot:
 // its first piece reads base and writes working, later pieces go on in working, and the lane moves to the
@@ -11,9 +15,9 @@
 // cancellation or a deadline leaves the lane exactly where it was; later work of it is then refused
 // (SESSION_OUT_OF_STEP) until one says the right expected_position.
 //
-// Generation is a work too: its prompt is taken in as any input, and then one sampled token after another, each
-// fed back on the device. Rows that generate come first in every step; prompts and streams get what is left of
-// the step's tokens, and while rows generate, of `mixed_step_tokens`. It commits once, at its end.
+// Generation is a work too: its prompt is taken in as any input, and then one sampled token after another,
+// each fed back on the device. Rows that generate come first in every step; prompts and streams get what is
+// left of the step's tokens, and while rows generate, of `mixed_step_tokens`. It commits once, at its end.
 //
 // A lost device (a model's DATA_LOSS) fails all work, what is queued and what comes later, with INTERNAL.
 //
@@ -137,11 +141,12 @@ struct Heartbeat {
 };
 
 struct BatcherOptions {
-  int64_t piece_tokens = 256;       // What a lane gets of a step while others wait; a multiple of 64.
+  // What a lane gets of a step while others wait (up to 16 more, if that is all it has); a multiple of 64.
+  int64_t piece_tokens = 256;
   int64_t max_queued_works = 4096;  // See Batcher::queued_works.
   int64_t max_queued_tokens = int64_t{1} << 20;
-  // What a step with rows that generate takes at most of others' tokens, so that the time between tokens stays
-  // even; at least 64.
+  // What a step with rows that generate takes at most of others' tokens, so that the time between tokens
+  // stays even; at least kMinStepTokens are meant.
   int64_t mixed_step_tokens = 256;
   double gather_fraction = 0.1;
 };

@@ -11,6 +11,7 @@
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
 #include "model/base/status_macros.h"
+#include "model/model.h"
 
 namespace deltanet {
 namespace {
@@ -183,13 +184,13 @@ std::vector<Flag> MakeFlags() {
       "(default 90%) of what the models leave free on the device",
       ParseStateMemory);
   add("max-step-tokens", "N", "2048", "tokens of one step of the batch",
-      Integer(&C::max_step_tokens, 64, 1 << 20));
+      Integer(&C::max_step_tokens, kMinStepTokens, 1 << 20));
   add("max-step-rows", "N", "256", "sequences of one step of the batch",
       Integer(&C::max_step_rows, 1, 1 << 16));
   add("mixed-step-tokens", "N", "256",
       "tokens of prompts and streams that a step takes along with sequences that generate: fewer, and the\n"
       "time between their tokens is more even; more, and prompts are taken in faster",
-      Integer(&C::mixed_step_tokens, 64, 1 << 20));
+      Integer(&C::mixed_step_tokens, kMinStepTokens, 1 << 20));
   add("max-queued-requests", "N", "4096", "sequences that may wait, and the most that one request may have",
       Integer(&C::max_queued_requests, 1, 1 << 24));
   add("max-queued-tokens", "N", "1048576", "tokens that may wait, and the most that one request may have",

@@ -339,6 +339,35 @@ TEST_P(GenerationTest, RowsFullOfGenerationsLeaveRoomForAPrompt) {
   for (const auto& call : generations) EXPECT_EQ(ErrorReason(call->result.status), reason::kDraining);
 }
 
+// A short tail of a prompt goes along with the piece before it among generations too, and they leave room for
+// that.
+TEST_P(GenerationTest, APromptAmongManyGenerationsIsCutAsAlone) {
+  for (const int64_t prompt_tokens : {70, 80, 81, 133}) {
+    SCOPED_TRACE(prompt_tokens);
+    Make({.num_slots = 120, .max_step_tokens = 160, .max_step_rows = 120});
+    std::vector<std::unique_ptr<TokenCall>> generations;
+    for (int i = 0; i < 100; ++i) {
+      generations.push_back(Generate(batcher_->OpenLane(0), RandomIds(40 + i, 1), 1000000, false));
+    }
+    for (int i = 0; i < 10; ++i) batcher_->RunOnce();
+    const size_t before = model_->launched().size();
+    const auto prompt = Generate(batcher_->OpenLane(0), RandomIds(50, prompt_tokens), 1, false);
+    for (int i = 0; i < 8; ++i) batcher_->RunOnce();
+    EXPECT_EQ(prompt->tokens, Expected(RandomIds(50, prompt_tokens), 1));
+    std::vector<int64_t> pieces;
+    const auto launched = model_->launched();
+    for (size_t s = before; s < launched.size(); ++s) {
+      for (const StepRow& row : launched[s]) {
+        if (!row.feed_sampled) pieces.push_back(row.tokens);
+      }
+    }
+    EXPECT_EQ(pieces, prompt_tokens <= 80    ? std::vector<int64_t>{prompt_tokens}
+                      : prompt_tokens == 133 ? (std::vector<int64_t>{64, 69})
+                                             : (std::vector<int64_t>{64, 17}));
+    batcher_.reset();
+  }
+}
+
 TEST_P(GenerationTest, CancellingInTheMiddleFreesTheSlotWithinAStep) {
   Make();
   const std::shared_ptr<Lane> lane = batcher_->OpenLane(0);
@@ -491,7 +520,7 @@ TEST_P(GenerationTest, TheMostLikelyOfAllTokensOrOfTheLast) {
 }
 
 TEST_P(GenerationTest, LogitsKeepWithinWhatAStepHandsOver) {
-  Make({.max_step_logits = 64});
+  Make({.max_step_logits = 80});
   const std::vector<int64_t> ids = RandomIds(73, 200);
   const auto all = Forward(batcher_->OpenLane(0), ids, ReadoutKind::kValues);
   const auto last = Forward(batcher_->OpenLane(0), ids, ReadoutKind::kValues, 0, /*last_only=*/true);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
 #include <random>
@@ -329,6 +330,74 @@ TEST_F(BatcherTest, AWorkThatDoesNotFitKeepsItsPlaceAndAShorterOneGoes) {
   EXPECT_THAT(StepTokens(), ElementsAre(ElementsAre(60, 40), ElementsAre(60), ElementsAre(60)));
 }
 
+// 16 tokens or fewer that are left over go along with the piece before them.
+TEST_F(BatcherTest, AShortTailIsNeverARowOfItsOwn) {
+  struct Case {
+    int64_t max_step_tokens, lookahead, tokens;
+    std::vector<int64_t> rows;
+  };
+  for (const Case& c :
+       {Case{80, 0, 16, {16}}, Case{80, 0, 64, {64}}, Case{80, 0, 65, {65}}, Case{80, 0, 80, {80}},
+        Case{80, 0, 81, {64, 17}}, Case{80, 0, 128, {64, 64}}, Case{80, 0, 133, {64, 69}},
+        Case{80, 0, 144, {64, 80}}, Case{80, 0, 145, {64, 64, 17}},
+        // Where the step has no room for both, the cut is 64 earlier.
+        Case{128, 0, 129, {64, 65}}, Case{128, 0, 144, {64, 80}}, Case{128, 0, 145, {128, 17}},
+        Case{192, 0, 192, {192}}, Case{192, 0, 193, {128, 65}}, Case{200, 0, 200, {200}},
+        Case{200, 0, 208, {128, 80}}, Case{200, 0, 209, {192, 17}},
+        // Flush tokens count.
+        Case{80, 6, 60, {66}}, Case{80, 6, 74, {80}}, Case{80, 6, 75, {64, 17}},
+        Case{128, 6, 123, {64, 65}}}) {
+    SCOPED_TRACE(
+        absl::StrCat(c.tokens, " tokens, look-ahead ", c.lookahead, ", steps of ", c.max_step_tokens));
+    Make({.lookahead = c.lookahead, .max_step_tokens = c.max_step_tokens});
+    const std::vector<float> input = RandomInput(1, c.tokens);
+    const Call call = Send(batcher_->OpenLane(0), input, EndOfSequence());
+    RunAll();
+    std::vector<int64_t> rows;
+    for (const std::vector<int64_t>& step : StepTokens()) rows.insert(rows.end(), step.begin(), step.end());
+    EXPECT_EQ(rows, c.rows);
+    EXPECT_EQ(call.output(), model_->ExpectedOutput(input));
+  }
+}
+
+// The rows of a work, whatever it shares its steps with, are of more than 16 tokens and at multiples of 64,
+// or it has one.
+TEST_F(BatcherTest, CutsAreAsTheWorkAloneWouldAllow) {
+  std::mt19937 random(3);
+  const auto tokens = [&] {
+    constexpr int64_t kNear[] = {0, 64, 64, 128, 192, 320};
+    return std::max<int64_t>(1, kNear[random() % 6] + static_cast<int64_t>(random() % 36) - 17);
+  };
+  for (const int64_t max_step_tokens : {80, 100, 128, 192, 256, 500}) {
+    SCOPED_TRACE(max_step_tokens);
+    Make({.num_slots = 40, .max_step_tokens = max_step_tokens}, 40,
+         {.piece_tokens = static_cast<int64_t>(64 * (1 + random() % 3))});
+    std::vector<Call> calls;
+    for (int i = 0; i < 40; ++i) {
+      calls.push_back(Send(batcher_->OpenLane(0), RandomInput(i, tokens()), EndOfSequence()));
+      if (random() % 4 == 0) batcher_->RunOnce();
+    }
+    RunAll();
+    const auto launched = model_->launched();
+    std::map<int32_t, std::vector<const StepRow*>> open;  // By slot.
+    int64_t checked = 0;
+    for (const std::vector<StepRow>& rows : launched) {
+      for (const StepRow& row : rows) {
+        std::vector<const StepRow*>& work = open[row.work_slot];
+        EXPECT_EQ(row.position % 64, 0);
+        work.push_back(&row);
+        if (row.position + row.tokens < row.end) continue;
+        for (const StepRow* piece : work)
+          EXPECT_TRUE(work.size() == 1 || piece->tokens > 16) << piece->tokens;
+        work.clear();
+        ++checked;
+      }
+    }
+    EXPECT_EQ(checked, 40);
+    for (int i = 0; i < 40; ++i) EXPECT_TRUE(calls[i].status().ok());
+  }
+}
+
 TEST_F(BatcherTest, AtMostOneWorkOfALaneIsInAStep) {
   Make();
   const std::shared_ptr<Lane> lane = batcher_->OpenLane(0);
@@ -382,7 +451,7 @@ TEST_F(BatcherTest, WhereSessionsHoldEverySlotWorkFailsInsteadOfWaitingForEver) 
 // --- Commit ---
 
 TEST_F(BatcherTest, AnErrorInTheSecondPieceLeavesTheLaneWhereItWas) {
-  Make({.max_step_tokens = 64});
+  Make({.max_step_tokens = 80});
   const std::vector<float> input = RandomInput(1, 210);
   const std::vector<float> expected = model_->ExpectedOutput(input);
   const std::shared_ptr<Lane> lane = batcher_->OpenLane(0);
@@ -408,7 +477,7 @@ TEST_F(BatcherTest, AnErrorInTheSecondPieceLeavesTheLaneWhereItWas) {
 }
 
 TEST_F(BatcherTest, AFreshLaneIsFreshAgainAfterAnError) {
-  Make({.max_step_tokens = 64});
+  Make({.max_step_tokens = 80});
   model_->FailRow(1, 0);
   const std::shared_ptr<Lane> lane = batcher_->OpenLane(0);
   Send(lane, RandomInput(9, 100));
@@ -587,7 +656,7 @@ TEST_F(BatcherTest, ADeadlineHoldsToTheTick) {
 }
 
 TEST_F(BatcherTest, ADeadlineIsLookedAtBetweenPieces) {
-  Make({.max_step_tokens = 64});
+  Make({.max_step_tokens = 80});
   const std::shared_ptr<Lane> lane = batcher_->OpenLane(0);
   model_->OnLaunch([&](int64_t) { clock_.Advance(absl::Seconds(1)); });
   CallOptions options;
@@ -627,7 +696,7 @@ TEST_F(BatcherTest, CancelledWhileQueued) {
 }
 
 TEST_F(BatcherTest, CancelledBetweenPieces) {
-  Make({.max_step_tokens = 64});
+  Make({.max_step_tokens = 80});
   const auto cancellation = std::make_shared<Cancellation>();
   CallOptions options;
   options.cancellation = cancellation;
@@ -678,7 +747,7 @@ TEST_F(BatcherTest, ClosingALaneFailsWhatIsQueued) {
 class BatcherCloseTest : public BatcherTest, public ::testing::WithParamInterface<int64_t> {};
 
 TEST_P(BatcherCloseTest, ClosingGivesUpRunningWorkAtTheNextPiece) {
-  Make({.max_step_tokens = 64});
+  Make({.max_step_tokens = 80});
   const std::shared_ptr<Lane> lane = batcher_->OpenLane(0);
   Send(lane, RandomInput(1, 5));
   RunAll();
@@ -782,7 +851,7 @@ TEST_F(BatcherTest, WorksThatComeTogetherAreTakenTogetherOrNotAtAll) {
 }
 
 TEST_F(BatcherTest, TheQueueRefusesAtItsLimitOfTokens) {
-  Make({.max_step_tokens = 64}, 4, {.piece_tokens = 64, .max_queued_tokens = 100});
+  Make({.max_step_tokens = 80}, 4, {.piece_tokens = 64, .max_queued_tokens = 100});
   const auto unary = [&](int64_t tokens) {
     CallOptions options = EndOfSequence();
     options.when_full = Batcher::WhenFull::kRefuse;
@@ -814,19 +883,19 @@ TEST_F(BatcherTest, DrainingRefusesNewWorkAndFinishesTheRest) {
 }
 
 TEST_F(BatcherTest, DestructionFinishesWhatIsInFlightAndFailsWhatIsLeft) {
-  Make({.max_step_tokens = 64, .max_steps_in_flight = 2});
+  Make({.max_step_tokens = 80, .max_steps_in_flight = 2});
   const std::shared_ptr<Lane> lane = batcher_->OpenLane(0);
   const Call running = Send(batcher_->OpenLane(0), RandomInput(1, 200));
-  const Call finishing = Send(lane, RandomInput(2, 2));
+  const Call finishing = Send(lane, RandomInput(2, 20));
   const Call behind = Send(lane, RandomInput(3, 2));
   const Call queued = Send(batcher_->OpenLane(0), RandomInput(4, 63));
   EXPECT_TRUE(batcher_->RunOnce());
   EXPECT_TRUE(batcher_->RunOnce());
   EXPECT_FALSE(finishing.answered());
   batcher_.reset();
-  EXPECT_EQ(finishing.output(), model_->ExpectedOutput(RandomInput(2, 2)));
+  EXPECT_EQ(finishing.output(), model_->ExpectedOutput(RandomInput(2, 20)));
   ExpectError(running.status(), absl::StatusCode::kUnavailable, reason::kDraining, 0);
-  ExpectError(behind.status(), absl::StatusCode::kUnavailable, reason::kDraining, 2);
+  ExpectError(behind.status(), absl::StatusCode::kUnavailable, reason::kDraining, 20);
   ExpectError(queued.status(), absl::StatusCode::kUnavailable, reason::kDraining, 0);
 }  // And `lane` outlives the batcher, with its slot.
 
@@ -881,7 +950,7 @@ TEST_F(BatcherDeathTest, AWorkWithoutTokensThatDoesNotEndIsACheck) {
 // --- Observation ---
 
 TEST_F(BatcherTest, TimesAndStepsAreReported) {
-  Make({.max_step_tokens = 64});
+  Make({.max_step_tokens = 80});
   model_->OnLaunch([&](int64_t) { clock_.Advance(absl::Milliseconds(10)); });
   const Call call = Send(batcher_->OpenLane(0), RandomInput(1, 100), EndOfSequence());
   clock_.Advance(absl::Milliseconds(3));
@@ -915,9 +984,9 @@ class TwoModelsTest : public ::testing::Test {
   FakeClock clock_;
   std::vector<int> turns_;
   std::unique_ptr<FakeModel> models_[2] = {
-      std::make_unique<FakeModel>(FakeModelOptions{.max_step_tokens = 64}),
+      std::make_unique<FakeModel>(FakeModelOptions{.max_step_tokens = 80}),
       std::make_unique<FakeModel>(
-          FakeModelOptions{.output_width = 16, .lookahead = 2, .max_step_tokens = 64})};
+          FakeModelOptions{.output_width = 16, .lookahead = 2, .max_step_tokens = 80})};
   Batcher batcher_{{.piece_tokens = 64}, &clock_, nullptr};
 };
 
@@ -948,7 +1017,7 @@ TEST_F(TwoModelsTest, AModelThatWasIdleHasSavedNothingUp) {
 // --- Two steps in flight ---
 
 TEST_F(BatcherTest, TheNextPieceIsLaunchedBehindTheOneInFlight) {
-  Make({.max_step_tokens = 64, .max_steps_in_flight = 2});
+  Make({.max_step_tokens = 80, .max_steps_in_flight = 2});
   const std::shared_ptr<Lane> lane = batcher_->OpenLane(0);
   const std::vector<float> input = RandomInput(1, 130);
   const Call first = Send(lane, Tokens(input, 0, 128));
@@ -977,7 +1046,7 @@ TEST_F(BatcherTest, WorkWaitsForTheSlotOfAStepInFlight) {
 }
 
 TEST_F(BatcherTest, AWorkThatFailsInFlightIsAnsweredWhenNoStepHasItAnyMore) {
-  Make({.max_step_tokens = 64, .max_steps_in_flight = 2});
+  Make({.max_step_tokens = 80, .max_steps_in_flight = 2});
   const std::vector<float> input = RandomInput(1, 300);
   const std::shared_ptr<Lane> lane = batcher_->OpenLane(0);
   model_->FailRow(0, 0);
@@ -995,7 +1064,7 @@ TEST_F(BatcherTest, AWorkThatFailsInFlightIsAnsweredWhenNoStepHasItAnyMore) {
 }
 
 TEST_F(BatcherTest, AFailedLaunchBehindAStepInFlight) {
-  Make({.max_step_tokens = 64, .max_steps_in_flight = 2});
+  Make({.max_step_tokens = 80, .max_steps_in_flight = 2});
   const std::shared_ptr<Lane> lane = batcher_->OpenLane(0);
   model_->FailLaunch(1, absl::InternalError("no kernel"));
   const Call call = Send(lane, RandomInput(1, 300));
@@ -1006,7 +1075,7 @@ TEST_F(BatcherTest, AFailedLaunchBehindAStepInFlight) {
 }
 
 TEST_F(BatcherTest, ClosedWithTwoPiecesInFlight) {
-  Make({.max_step_tokens = 64, .max_steps_in_flight = 2});
+  Make({.max_step_tokens = 80, .max_steps_in_flight = 2});
   const std::shared_ptr<Lane> lane = batcher_->OpenLane(0);
   const Call call = Send(lane, RandomInput(1, 300));
   model_->OnLaunch([&](int64_t step) {
@@ -1019,7 +1088,7 @@ TEST_F(BatcherTest, ClosedWithTwoPiecesInFlight) {
 }
 
 TEST_F(BatcherTest, TimesOfStepsThatOverlapAreNotCountedTwice) {
-  Make({.max_step_tokens = 64, .max_steps_in_flight = 2});
+  Make({.max_step_tokens = 80, .max_steps_in_flight = 2});
   model_->OnLaunch([&](int64_t) { clock_.Advance(absl::Seconds(1)); });
   const Call call = Send(batcher_->OpenLane(0), RandomInput(1, 128));
   RunAll();
@@ -1046,7 +1115,7 @@ TEST_F(BatcherTest, TheThreadRunsWhatComes) {
 }
 
 TEST_F(BatcherTest, TheHeartbeatSaysSinceWhenTheThreadIsAtAStep) {
-  Make({.max_step_tokens = 64});
+  Make({.max_step_tokens = 80});
   model_->Hold(0);
   batcher_->Start();
   clock_.WaitUntilBlocked(1);
@@ -1066,7 +1135,7 @@ TEST_F(BatcherTest, TheHeartbeatSaysSinceWhenTheThreadIsAtAStep) {
 }
 
 TEST_F(BatcherTest, TheThreadEndsAfterTheStepInFlight) {
-  Make({.max_step_tokens = 64});
+  Make({.max_step_tokens = 80});
   model_->Hold(0);
   batcher_->Start();
   const Call finishing = Send(batcher_->OpenLane(0), RandomInput(1, 64));

@@ -134,7 +134,7 @@ INSTANTIATE_TEST_SUITE_P(
         Wrong{{"--listen", ":50051"}, "want HOST:PORT"}, Wrong{{"--listen", "h:65536"}, "want HOST:PORT"},
         Wrong{{"--listen", "::1:50051"}, "want HOST:PORT"},
         Wrong{{"--max-sessions", "-1"}, "--max-sessions is \"-1\", want a whole number from 0"},
-        Wrong{{"--max-step-tokens", "63"}, "from 64"}, Wrong{{"--mixed-step-tokens", "63"}, "from 64"},
+        Wrong{{"--max-step-tokens", "79"}, "from 80"}, Wrong{{"--mixed-step-tokens", "79"}, "from 80"},
         Wrong{{"--max-generated-tokens", "0"}, "from 1"},
         Wrong{{"--default-generated-tokens", "0"}, "from 1"},
         Wrong{{"--state-memory", "0"}, "--state-memory is \"0\", want bytes"},
