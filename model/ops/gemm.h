@@ -5,15 +5,23 @@
 #include <cstdint>
 
 #include "absl/status/status.h"
+#include "model/base/round_up.h"
+#include "model/base/tensor_view.h"
 #include "model/ops/rows.h"
 
 namespace deltanet {
 
-// c [m, n] = a [m, k] x b^T, b [n, k] as PyTorch keeps a linear layer's weight; row-major, with row strides in
-// elements, on the context's device; a and b of `dtype`, c of `c_dtype`: the same, or float32 for bfloat16
-// operands. float32 never runs in TF32 or bfloat16. float64 is for composing weights at load time. The bits of
-// a product may depend on m. m may be 0. c must not overlap a or b; elements of c between n and ldc are left
-// alone. INVALID_ARGUMENT on sizes; what LibTorch throws passes through (see torch_guard.h).
+// c [m, n] = a [m, k] x b^T, b [n, k] as PyTorch keeps a linear layer's weight; row-major, with row strides
+// in elements, on the context's device; a and b of `dtype`, c of `c_dtype`: the same, or float32 for bfloat16
+// operands. float32 never runs in TF32 or bfloat16. float64 is for composing weights at load time. m may be
+// 0. c must not overlap a or b; elements of c between n and ldc are left alone. INVALID_ARGUMENT on sizes;
+// what LibTorch throws passes through (see torch_guard.h).
+//
+// The bits of a row of c may depend on m, since the library chooses how it adds up by the sizes: unless
+// `fixed_order`, with which they are made of that row of a, and b, alone. On the CPU (float32 only) the
+// product is then our own, which adds up the same way whatever m. On CUDA it is made in blocks of
+// kGemmBlockRows rows, each a product of that very size, the last one too: GemmRows(m) rows of a are read, of
+// which those from m on may hold anything, and as many of c are written.
 struct GemmArgs {
   DType dtype = DType::kFloat32;
   DType c_dtype = DType::kFloat32;
@@ -24,8 +32,16 @@ struct GemmArgs {
   int64_t ldb = 0;
   void* c = nullptr;
   int64_t ldc = 0;
+  bool fixed_order = false;
 };
 absl::Status Gemm(const GemmArgs& args, const OpContext& context);
+
+inline constexpr int64_t kGemmBlockRows = 128;
+
+// The rows that a and c of a product of m rows need to have.
+constexpr int64_t GemmRows(int64_t m, bool fixed_order, const Device& device) {
+  return fixed_order && device.type != DeviceType::kCpu ? RoundUp(m, kGemmBlockRows) : m;
+}
 
 }  // namespace deltanet
 

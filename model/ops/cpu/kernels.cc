@@ -79,14 +79,28 @@ inline void ForVectors(int64_t n, Body body) {
   if (j < n) body(j, n - j, Partial());
 }
 
-inline float Sum(Vec x) {
-  typedef float Quad __attribute__((vector_size(16)));
+typedef float Quad __attribute__((vector_size(16)));
+
+inline Quad SumOfQuads(Vec x) {
   Quad quads[kLanes / 4];
   __builtin_memcpy(quads, &x, sizeof(x));
   for (int half = kLanes / 8; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) quads[i] += quads[i + half];
   }
-  return (quads[0][0] + quads[0][2]) + (quads[0][1] + quads[0][3]);
+  return quads[0];
+}
+
+inline float Sum(Vec x) {
+  const Quad quad = SumOfQuads(x);
+  return (quad[0] + quad[2]) + (quad[1] + quad[3]);
+}
+
+// Sum of each of four, to the bit.
+inline Quad SumsOfFour(Vec x0, Vec x1, Vec x2, Vec x3) {
+  const Quad q0 = SumOfQuads(x0), q1 = SumOfQuads(x1), q2 = SumOfQuads(x2), q3 = SumOfQuads(x3);
+  const Quad low = __builtin_shufflevector(q0, q1, 0, 4, 1, 5) + __builtin_shufflevector(q0, q1, 2, 6, 3, 7);
+  const Quad high = __builtin_shufflevector(q2, q3, 0, 4, 1, 5) + __builtin_shufflevector(q2, q3, 2, 6, 3, 7);
+  return __builtin_shufflevector(low, high, 0, 1, 4, 5) + __builtin_shufflevector(low, high, 2, 3, 6, 7);
 }
 
 inline float Dot(const float* a, const float* b, int64_t n) {
@@ -618,6 +632,66 @@ float SumOfExp(int64_t width, const float* x, float max, float factor, float* te
   return Sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
+// ---- Products whose bits do not depend on the number of rows. Tiling and measurements: gemm.cc.
+
+// A tile's sums, its rows' operands and one column's are in registers: 16 with AVX2, 32 with AVX-512.
+constexpr int kTileRows = kLanes == 16 ? 6 : 3;
+constexpr int kTileColumns = 4;
+
+// sums += a b of lanes l to l + lanes - 1.
+template <bool kPartial, int kRows, int kColumns>
+inline __attribute__((always_inline)) void ProductStep(const ProductSpan& span, const float* a_rows,
+                                                       const float* b_rows, int64_t l, int64_t lanes,
+                                                       Vec (&sums)[kRows][kColumns]) {
+  Vec a[kRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) a[r] = LoadLanes<kPartial>(a_rows + r * span.lda + l, lanes);
+#pragma GCC unroll 8
+  for (int c = 0; c < kColumns; ++c) {
+    const Vec b = LoadLanes<kPartial>(b_rows + c * span.ldb + l, lanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) sums[r][c] += a[r] * b;
+  }
+}
+
+template <int kRows, int kColumns>
+inline void ProductTile(const ProductSpan& span, int64_t i, int64_t j) {
+  const float* const a = span.a + i * span.lda;
+  const float* const b = span.b + j * span.ldb;
+  Vec sums[kRows][kColumns];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kColumns; ++c) sums[r][c] = Vec{};
+  }
+  int64_t l = 0;
+  for (; l + kLanes <= span.k; l += kLanes) ProductStep<false>(span, a, b, l, kLanes, sums);
+  if (l < span.k) ProductStep<true>(span, a, b, l, span.k - l, sums);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    float* const c = span.c + (i + r) * span.ldc + j;
+    if constexpr (kColumns == 4) {
+      const Quad quad = SumsOfFour(sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
+      __builtin_memcpy(c, &quad, sizeof(quad));
+    } else {
+      for (int column = 0; column < kColumns; ++column) c[column] = Sum(sums[r][column]);
+    }
+  }
+}
+
+// Rows from `i` on, in tiles of kRows and then of fewer.
+template <int kRows, int kColumns>
+void ProductColumns(const ProductSpan& span, int64_t i, int64_t j) {
+  for (; i + kRows <= span.m; i += kRows) ProductTile<kRows, kColumns>(span, i, j);
+  if constexpr (kRows > 1) ProductColumns<kRows - 1, kColumns>(span, i, j);
+}
+
+void Product(const ProductSpan& span) {
+  int64_t j = 0;
+  for (; j + kTileColumns <= span.n; j += kTileColumns) ProductColumns<kTileRows, kTileColumns>(span, 0, j);
+  for (; j < span.n; ++j) ProductColumns<kTileRows, 1>(span, 0, j);
+}
+
 }  // namespace
 
 #define DELTANET_CONCAT_INNER(a, b) a##b
@@ -639,6 +713,7 @@ const CpuKernels DELTANET_CONCAT(deltanet_cpu_kernels_, DELTANET_CPU_ISA) = {
     ScaledSigmoid,
     Largest,
     SumOfExp,
+    Product,
 };
 }
 

@@ -62,6 +62,17 @@ struct ShortConvSpan {
   int64_t out_stride;
 };
 
+// c [m, n] = a [m, k] x b^T, b [n, k], rows lda, ldb and ldc floats apart.
+struct ProductSpan {
+  int64_t m, n, k;
+  const float* a;
+  int64_t lda;
+  const float* b;
+  int64_t ldb;
+  float* c;
+  int64_t ldc;
+};
+
 struct CpuKernels {
   const char* name;
   int64_t delta_rule_columns;  // A multiple of the vector width; what a DeltaRuleSpan is cut into.
@@ -86,6 +97,8 @@ struct CpuKernels {
   // The sum, in float32, of exp((x_j - max) * factor): no x_j above max, factor > 0. The terms go to `terms`
   // too, if there.
   float (*sum_of_exp)(int64_t width, const float* x, float max, float factor, float* terms);
+  // Each element is the sum of its k products in one order: its bits depend on neither m nor n.
+  void (*product)(const ProductSpan& span);
 };
 
 }  // namespace deltanet

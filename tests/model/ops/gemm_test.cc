@@ -1,0 +1,204 @@
+// Matrix products: right, within their bounds, and in a fixed order where they are wanted so.
+#include "model/ops/gemm.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "gtest/gtest.h"
+#include "model/device.h"
+#include "tests/model/engine_modes.h"
+#include "tests/model/ops/op_test_util.h"
+
+namespace deltanet {
+namespace {
+
+struct Sizes {
+  int64_t n, k;
+};
+// Around vectors, tiles and blocks, and those of models.
+constexpr Sizes kSizes[] = {{1, 1},   {1, 9},    {2, 15},   {3, 17},    {5, 7},     {7, 64},    {8, 33},
+                            {11, 31}, {12, 100}, {23, 65},  {24, 24},   {25, 129},  {64, 64},   {193, 64},
+                            {65, 66}, {97, 300}, {384, 96}, {256, 256}, {300, 512}, {1000, 40}, {144, 1400}};
+
+// A product of random operands on a device, kept in `dtype`, into float32.
+class Product {
+ public:
+  Product(const Mode& mode, const Sizes& sizes, int64_t rows)
+      : mode_(mode),
+        sizes_(sizes),
+        stream_(mode.device),
+        a_(Rounded(RandomNormal(rows * sizes.k, 1), mode.dtype)),
+        b_(Rounded(RandomNormal(sizes.n * sizes.k, 2, 1 / std::sqrt(static_cast<float>(sizes.k))),
+                   mode.dtype)),
+        b_on_device_(OnDevice(b_)) {}
+
+  const float* a(int64_t row) const { return a_.data() + row * sizes_.k; }
+  const float* b(int64_t column) const { return b_.data() + column * sizes_.k; }
+
+  // The product of these rows of a, of which -1 is one of NaN. [rows, n + 3], NaN at first.
+  std::vector<float> Run(const std::vector<int64_t>& rows, bool fixed_order,
+                         ParallelFor parallel_for = RunSerially) {
+    const int64_t m = static_cast<int64_t>(rows.size());
+    const int64_t whole = GemmRows(m, fixed_order, mode_.device);
+    std::vector<float> a(whole * sizes_.k, kNaN);
+    for (int64_t i = 0; i < m; ++i) {
+      if (rows[i] >= 0) std::copy_n(this->a(rows[i]), sizes_.k, a.begin() + i * sizes_.k);
+    }
+    const DeviceBuffer a_on_device = OnDevice(a);
+    const std::vector<float> nothing(whole * (sizes_.n + 3), kNaN);
+    DeviceBuffer c_on_device(mode_.device, nothing.size() * sizeof(float));
+    stream_.Copy(c_on_device.data(), nothing.data(), nothing.size() * sizeof(float));
+    GemmArgs args;
+    args.dtype = mode_.dtype;
+    args.m = m;
+    args.n = sizes_.n;
+    args.k = args.lda = args.ldb = sizes_.k;
+    args.a = a_on_device.data();
+    args.b = b_on_device_.data();
+    args.c = c_on_device.data();
+    args.ldc = sizes_.n + 3;
+    args.fixed_order = fixed_order;
+    {
+      const DeviceStream::Current current(stream_);
+      const absl::Status status = Gemm(args, {mode_.device, parallel_for, stream_.handle()});
+      EXPECT_TRUE(status.ok()) << status;
+    }
+    std::vector<float> c(m * (sizes_.n + 3));
+    stream_.Copy(c.data(), c_on_device.data(), c.size() * sizeof(float));
+    stream_.Synchronize();
+    return c;
+  }
+
+ private:
+  DeviceBuffer OnDevice(const std::vector<float>& values) {
+    const int64_t bytes = static_cast<int64_t>(values.size()) * DTypeBytes(mode_.dtype);
+    std::vector<char> raw(bytes);
+    ConvertElements(values.data(), DType::kFloat32, raw.data(), mode_.dtype, values.size());
+    DeviceBuffer buffer(mode_.device, bytes);
+    stream_.Copy(buffer.data(), raw.data(), bytes);
+    stream_.Synchronize();
+    return buffer;
+  }
+
+  const Mode mode_;
+  const Sizes sizes_;
+  DeviceStream stream_;
+  const std::vector<float> a_, b_;
+  const DeviceBuffer b_on_device_;
+};
+
+class GemmTest : public testing::TestWithParam<Mode> {
+ protected:
+  void SetUp() override { SKIP_WITHOUT_DEVICE(GetParam()); }
+};
+INSTANTIATE_TEST_SUITE_P(Modes, GemmTest, testing::ValuesIn(Modes()),
+                         [](const auto& info) { return info.param.name; });
+
+TEST_P(GemmTest, IsAsGoodAsPlainSumsAndWritesItsColumnsAlone) {
+  for (const Sizes& sizes : kSizes) {
+    for (const int64_t m : {0, 1, 2, 3, 5, 13, 100}) {
+      SCOPED_TRACE(absl::StrCat("[", m, ",", sizes.k, "] x [", sizes.k, ",", sizes.n, "]"));
+      Product product(GetParam(), sizes, m);
+      std::vector<int64_t> rows(m);
+      for (int64_t i = 0; i < m; ++i) rows[i] = i;
+      std::vector<float> plain(m * sizes.n), got(m * sizes.n);
+      std::vector<double> exact(m * sizes.n);
+      for (int64_t i = 0; i < m; ++i) {
+        for (int64_t j = 0; j < sizes.n; ++j) {
+          for (int64_t l = 0; l < sizes.k; ++l) {
+            plain[i * sizes.n + j] += product.a(i)[l] * product.b(j)[l];
+            exact[i * sizes.n + j] += static_cast<double>(product.a(i)[l]) * product.b(j)[l];
+          }
+        }
+      }
+      for (const bool fixed_order : {false, true}) {
+        const std::vector<float> c = product.Run(rows, fixed_order, fixed_order ? RunInShreds : RunSerially);
+        for (int64_t i = 0; i < m; ++i) {
+          std::copy_n(c.begin() + i * (sizes.n + 3), sizes.n, got.begin() + i * sizes.n);
+          for (int64_t j = sizes.n; j < sizes.n + 3; ++j) ASSERT_TRUE(std::isnan(c[i * (sizes.n + 3) + j]));
+        }
+        ExpectAsGoodAsPlain(got.data(), plain.data(), exact.data(), m * sizes.n,
+                            fixed_order ? "fixed" : "free");
+      }
+    }
+  }
+}
+
+// Rows of products in which a row's bits are not those that it has in a product of its own.
+int64_t RowsThatDiffer(const Mode& mode, const Sizes& sizes, bool fixed_order, ParallelFor parallel_for) {
+  constexpr int64_t kRows = 64;
+  Product product(mode, sizes, kRows);
+  std::vector<std::vector<float>> alone;
+  for (int64_t i = 0; i < kRows; ++i) alone.push_back(product.Run({i}, fixed_order));
+  std::mt19937 random(static_cast<uint32_t>(sizes.n * 10000 + sizes.k));
+  int64_t differ = 0;
+  for (const int64_t m : {2, 3, 4, 7, 16, 64, 127, 128, 129, 300}) {
+    std::vector<int64_t> rows(m);
+    for (int64_t& row : rows) row = static_cast<int64_t>(random() % (kRows + 1)) - 1;
+    const std::vector<float> c = product.Run(rows, fixed_order, parallel_for);
+    for (int64_t i = 0; i < m; ++i) {
+      if (rows[i] >= 0 && !SameBits(&c[i * (sizes.n + 3)], alone[rows[i]].data(), sizes.n)) ++differ;
+    }
+  }
+  return differ;
+}
+
+TEST_P(GemmTest, InAFixedOrderARowsBitsAreItsOwn) {
+  for (const Sizes& sizes : kSizes) {
+    EXPECT_EQ(RowsThatDiffer(GetParam(), sizes, true, RunSerially), 0)
+        << "n " << sizes.n << ", k " << sizes.k;
+    EXPECT_EQ(RowsThatDiffer(GetParam(), sizes, true, RunInShreds), 0)
+        << "n " << sizes.n << ", k " << sizes.k;
+  }
+}
+
+// What the test above would see.
+TEST_P(GemmTest, OtherwiseTheyDependOnTheNumberOfRows) {
+  int64_t differ = 0;
+  for (const Sizes& sizes : kSizes) differ += RowsThatDiffer(GetParam(), sizes, false, RunSerially);
+  RecordProperty("rows_that_differ", absl::StrCat(differ));
+  if (differ == 0) GTEST_SKIP() << "not with this device's library";
+}
+
+TEST_P(GemmTest, WhatIsImpossibleIsRefused) {
+  float value[4] = {};
+  GemmArgs good;
+  good.m = good.n = good.k = good.lda = good.ldb = good.ldc = 1;
+  good.a = good.b = good.c = value;
+  const OpContext cpu{Device{}, RunSerially};
+  EXPECT_TRUE(Gemm(good, cpu).ok());
+  const auto refused = [&](auto change) {
+    GemmArgs args = good;
+    change(&args);
+    EXPECT_EQ(Gemm(args, cpu).code(), absl::StatusCode::kInvalidArgument);
+  };
+  refused([](GemmArgs* args) { args->m = -1; });
+  refused([](GemmArgs* args) { args->n = 0; });
+  refused([](GemmArgs* args) { args->k = 2; });  // Beyond lda and ldb.
+  refused([](GemmArgs* args) { args->dtype = DType::kBFloat16; });
+  refused([](GemmArgs* args) {
+    args->dtype = args->c_dtype = DType::kFloat64;
+    args->fixed_order = true;
+  });
+}
+
+// Of every build of the CPU's own product.
+class FixedOrderTest : public IsaTest {};
+INSTANTIATE_TEST_SUITE_P(Isa, FixedOrderTest, EveryIsa(),
+                         [](const auto& info) { return IsaName(info.param); });
+
+TEST_P(FixedOrderTest, ARowsBitsAreItsOwn) {
+  const Mode cpu = Modes().front();
+  for (const Sizes& sizes : kSizes) {
+    EXPECT_EQ(RowsThatDiffer(cpu, sizes, true, RunSerially), 0) << "n " << sizes.n << ", k " << sizes.k;
+    EXPECT_EQ(RowsThatDiffer(cpu, sizes, true, RunInShreds), 0) << "n " << sizes.n << ", k " << sizes.k;
+  }
+}
+
+}  // namespace
+}  // namespace deltanet
