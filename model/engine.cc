@@ -100,18 +100,26 @@ int64_t MaxLogits(const Weights& weights, const ModelOptions& options) {
   return std::clamp(fit, std::min(kMinStepTokens, options.max_step_tokens), options.max_step_tokens);
 }
 
-// Lays out buffers one behind the other.
+// Rows of what a product reads or writes, of which it has to compute `rows`.
+int64_t ProductRows(int64_t rows, const ModelOptions& options) {
+  return GemmRows(rows, options.deterministic, options.device);
+}
+
+// Lays out buffers one behind the other; as they are by default, at multiples of the 256 bytes that cuBLAS
+// looks at when it chooses a kernel, which must not depend on the staging that a step happens to have.
 class Layout {
  public:
+  explicit Layout(int64_t alignment = 256) : alignment_(alignment) {}
   int64_t Take(int64_t elements, DType dtype) { return TakeBytes(elements * DTypeBytes(dtype)); }
   int64_t TakeBytes(int64_t bytes) {
     const int64_t begin = bytes_;
-    bytes_ += RoundUp(bytes, 64);
+    bytes_ += RoundUp(bytes, alignment_);
     return begin;
   }
   int64_t bytes() const { return bytes_; }
 
  private:
+  const int64_t alignment_;
   int64_t bytes_ = 0;
 };
 
@@ -119,7 +127,7 @@ class Layout {
 // content; T is the dtype of the weights' matrices. Sizes are those of the largest step.
 struct Workspace {
   Workspace(const Weights& weights, const ModelOptions& options) {
-    const int64_t tokens = options.max_step_tokens;
+    const int64_t tokens = ProductRows(options.max_step_tokens, options);
     const int64_t d = weights.config.d_model;
     const int64_t value_width = weights.heads * weights.value_dim;
     const bool composed = weights.mixer == MixerKind::kComposed;
@@ -129,6 +137,7 @@ struct Workspace {
     z_stride = RoundUp(weights.layers[0].qkv.outputs, kAlignment);
     qkv_stride = composed ? z_stride : RoundUp(QkvWidth(weights) + weights.heads, kAlignment);
     logits_rows = Generates(weights.config) ? MaxLogits(weights, options) : 0;
+    const int64_t logits_floats = ProductRows(logits_rows, options) * weights.head.outputs;
     Layout layout;
     const int64_t at[] = {layout.Take(composed ? tokens * d : 0, DType::kFloat32),
                           layout.Take(composed ? tokens * kConvTaps * d : 0, t),
@@ -139,7 +148,7 @@ struct Workspace {
                           layout.Take(tokens * d, t),
                           layout.Take(tokens * 2 * ff, t),
                           layout.Take(tokens * ff, t),
-                          layout.Take(logits_rows * weights.head.outputs, DType::kFloat32)};
+                          layout.Take(logits_floats, DType::kFloat32)};
     buffer = DeviceBuffer(options.device, layout.bytes());
     centre = reinterpret_cast<float*>(buffer.data() + at[0]);
     taps = buffer.data() + at[1];
@@ -198,7 +207,8 @@ struct Staging {
     Layout layout;
     const int64_t positions = Generates(config) ? tokens + rows : 0;
     const int64_t values = config.takes_tokens() ? MaxLogits(weights, options) : tokens;
-    const int64_t x_at = layout.Take((tokens + rows) * config.d_model, DType::kFloat32);
+    const int64_t x_at =
+        layout.Take(std::max(tokens + rows, ProductRows(tokens, options)) * config.d_model, DType::kFloat32);
     const int64_t ids_at = layout.Take(config.takes_tokens() ? tokens : 0, DType::kInt64);
     const int64_t long_rows = std::min(rows, tokens / (kDeltaRuleFewTokens + 1));
     const int64_t plan_size =
@@ -207,7 +217,7 @@ struct Staging {
     const int64_t rows_at =
         layout.TakeBytes(RowsLayout(largest).plan_at + plan_size * static_cast<int64_t>(sizeof(int32_t)));
     const int64_t output_width = weights.head.matrix != nullptr ? weights.head.outputs : config.d_model;
-    const int64_t output_at = layout.Take(values * output_width, DType::kFloat32);
+    const int64_t output_at = layout.Take(ProductRows(values, options) * output_width, DType::kFloat32);
     const int64_t read_at[] = {layout.TakeBytes(positions * sizeof(int32_t)),
                                layout.TakeBytes(positions * sizeof(float)),
                                layout.TakeBytes(positions * kMaxTopTokens * sizeof(int32_t)),
@@ -252,7 +262,7 @@ struct Staging {
   // Where a step's numbers are, in bytes from Side::rows: close together, so that they are one short copy.
   struct RowsLayout {
     explicit RowsLayout(const StepShape& shape) {
-      Layout layout;
+      Layout layout(64);
       offsets = layout.TakeBytes((shape.rows + 1) * sizeof(int32_t));
       base_slot = layout.TakeBytes(shape.rows * sizeof(int32_t));
       work_slot = layout.TakeBytes(shape.rows * sizeof(int32_t));
@@ -362,6 +372,7 @@ class Engine final : public Model {
     description_.lookahead = config.num_layers * config.lookahead_per_layer();
     description_.parameters = weights_.parameters;
     description_.dtype = weights_.dtype;
+    description_.deterministic = options.deterministic;
     description_.device = options.device;
     description_.session_bytes = layout_.slot_stride * static_cast<int64_t>(sizeof(float));
     description_.weight_bytes = weights_.arena.bytes();
@@ -775,6 +786,7 @@ class Engine final : public Model {
     gemm.ldb = linear.inputs;
     gemm.c = c;
     gemm.ldc = ldc;
+    gemm.fixed_order = description_.deterministic;
     return Gemm(gemm, context);
   }
 

@@ -37,6 +37,7 @@ struct ModelDescription {
   int64_t lookahead = 0;   // Tokens by which a stream's output lags its input (layers x look-ahead of one).
   int64_t parameters = 0;  // As in the file.
   DType dtype = DType::kFloat32;  // In which it computes.
+  bool deterministic = false;     // See ModelOptions.
   Device device;
   int64_t session_bytes = 0;    // Of one slot: a session's whole state.
   int64_t num_slots = 0;        // Slots in the pool, 0 .. num_slots-1.
@@ -69,7 +70,6 @@ enum class ReadoutKind : uint8_t {
 };
 inline constexpr int kMaxTop = 64;  // Of StepRow::top.
 
-// One row of a step: `tokens` tokens of one sequence, of which the first may be real and the last may be
 // A message may be cut into rows at multiples of kCutTokens from its start, so that kFewTokens or fewer
 // tokens are never a row of their own (for such rows there are other kernels) unless they are the message:
 // then the cuts change no bit of what comes out.
@@ -78,6 +78,7 @@ inline constexpr int64_t kFewTokens = 16;
 // A step that holds this many tokens has room for a row of any message.
 inline constexpr int64_t kMinStepTokens = kCutTokens + kFewTokens;
 
+// One row of a step: `tokens` tokens of one sequence, of which the first may be real and the last may be
 // flush tokens (those at times >= end, which carry no input). See model/ops/rows.h for time, position and
 // end.
 struct StepRow {
@@ -177,6 +178,10 @@ enum class OneTokenSteps {
 struct ModelOptions {
   Device device;
   DType dtype = DType::kFloat32;  // What products are computed in: float32, or on CUDA bfloat16.
+  // What a row gives and writes to its slot has the same bits whatever else is in the step: the numbers of
+  // tokens and rows, their order, the slots. Depends on the device, the dtype and on how messages are cut
+  // (kCutTokens).
+  bool deterministic = false;
   int64_t max_step_tokens = 2048;
   int64_t max_step_rows = 256;
   // Memory for state slots, shared equally among the models that are loaded together: of each model as many
