@@ -388,6 +388,9 @@ class Engine final : public Model {
   // Runs the largest step over two slots of its own: what LibTorch and CUDA allocate, load or choose on first
   // use is there afterwards, and counts as used memory.
   absl::Status WarmUp() {
+    if (description_.deterministic && description_.device.type != DeviceType::kCpu) {
+      RETURN_IF_ERROR(CheckProducts());
+    }
     AllocatePool(2);
     const int64_t tokens = description_.max_step_tokens;
     const int64_t outputs = description_.takes_tokens ? description_.max_step_logits : tokens;
@@ -772,22 +775,41 @@ class Engine final : public Model {
     return absl::OkStatus();
   }
 
-  absl::Status Multiply(int64_t m, const void* a, const Linear& linear, DType c_dtype, void* c, int64_t ldc,
-                        const OpContext& context) {
+  GemmArgs ProductWith(const Linear& linear, DType c_dtype) const {
     GemmArgs gemm;
     gemm.dtype = weights_.dtype;
     gemm.c_dtype = c_dtype;
-    gemm.m = m;
     gemm.n = linear.outputs;
     gemm.k = linear.inputs;
-    gemm.a = a;
-    gemm.lda = linear.inputs;
     gemm.b = linear.matrix;
     gemm.ldb = linear.inputs;
+    gemm.fixed_order = description_.deterministic;
+    return gemm;
+  }
+
+  absl::Status Multiply(int64_t m, const void* a, const Linear& linear, DType c_dtype, void* c, int64_t ldc,
+                        const OpContext& context) {
+    GemmArgs gemm = ProductWith(linear, c_dtype);
+    gemm.m = m;
+    gemm.a = a;
+    gemm.lda = linear.inputs;
     gemm.c = c;
     gemm.ldc = ldc;
-    gemm.fixed_order = description_.deterministic;
     return Gemm(gemm, context);
+  }
+
+  // Whether this device makes all products of this model as they have to be for a deterministic one.
+  absl::Status CheckProducts() {
+    const DeviceStream::Current current(compute_);
+    const OpContext context{description_.device, TorchParallelFor, compute_.handle()};
+    for (const LayerWeights& layer : weights_.layers) {
+      for (const Linear* linear : {&layer.qkv, &layer.out, &layer.ff_in, &layer.ff_out}) {
+        if (linear->matrix == nullptr) continue;
+        RETURN_IF_ERROR(CheckFixedOrder(ProductWith(*linear, weights_.dtype), context));
+      }
+    }
+    if (weights_.head.matrix == nullptr) return absl::OkStatus();
+    return CheckFixedOrder(ProductWith(weights_.head, DType::kFloat32), context);
   }
 
   SlotView SlotParts(int64_t offset) const { return {pool_.as<float>(), layout_.slot_stride, offset}; }

@@ -180,7 +180,7 @@ struct ModelOptions {
   DType dtype = DType::kFloat32;  // What products are computed in: float32, or on CUDA bfloat16.
   // What a row gives and writes to its slot has the same bits whatever else is in the step: the numbers of
   // tokens and rows, their order, the slots. Depends on the device, the dtype and on how messages are cut
-  // (kCutTokens).
+  // (kCutTokens). FAILED_PRECONDITION where the device's products turn out not to be so.
   bool deterministic = false;
   int64_t max_step_tokens = 2048;
   int64_t max_step_rows = 256;

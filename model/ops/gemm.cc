@@ -10,13 +10,19 @@
 // Floor: 2 m n k FLOPs, and 4 n k bytes, which count where m is small.
 #include "model/ops/gemm.h"
 
+#include <ATen/ops/arange.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/equal.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/roll.h>
+#include <ATen/ops/sin.h>
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
+#include "model/base/status_macros.h"
 #include "model/ops/cpu/dispatch.h"
 
 namespace deltanet {
@@ -67,6 +73,13 @@ at::ScalarType ScalarType(DType dtype) {
   return dtype == DType::kFloat32 ? at::kFloat : dtype == DType::kFloat64 ? at::kDouble : at::kBFloat16;
 }
 
+at::TensorOptions Options(DType dtype, const Device& device) {
+  const bool on_cpu = device.type == DeviceType::kCpu;
+  return at::TensorOptions()
+      .dtype(ScalarType(dtype))
+      .device(on_cpu ? at::kCPU : at::kCUDA, static_cast<at::DeviceIndex>(on_cpu ? -1 : device.index));
+}
+
 }  // namespace
 
 absl::Status Gemm(const GemmArgs& args, const OpContext& context) {
@@ -95,10 +108,8 @@ absl::Status Gemm(const GemmArgs& args, const OpContext& context) {
     return absl::OkStatus();
   }
   c10::InferenceMode no_gradients;
-  const at::Device device(on_cpu ? at::kCPU : at::kCUDA,
-                          static_cast<at::DeviceIndex>(on_cpu ? -1 : context.device.index));
-  const at::TensorOptions operands = at::TensorOptions().dtype(ScalarType(args.dtype)).device(device);
-  const at::TensorOptions result = operands.dtype(ScalarType(args.c_dtype));
+  const at::TensorOptions operands = Options(args.dtype, context.device);
+  const at::TensorOptions result = Options(args.c_dtype, context.device);
   const at::Tensor b = Matrix(args.b, args.n, args.k, args.ldb, operands).t();
   const int64_t rows = GemmRows(args.m, args.fixed_order, context.device);
   const int64_t block = args.fixed_order ? kGemmBlockRows : rows;
@@ -111,6 +122,37 @@ absl::Status Gemm(const GemmArgs& args, const OpContext& context) {
       at::mm_out(c, a, b);
     } else {
       at::mm_out(c, a, b, at::kFloat);
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckFixedOrder(GemmArgs args, const OpContext& context) {
+  c10::InferenceMode no_gradients;
+  const at::Tensor a = at::arange(kGemmBlockRows * args.k, Options(DType::kFloat32, context.device))
+                           .sin()
+                           .to(ScalarType(args.dtype))
+                           .view({kGemmBlockRows, args.k});
+  const auto product = [&](const at::Tensor& operand, at::Tensor* c) {
+    *c = at::empty({kGemmBlockRows, args.n}, Options(args.c_dtype, context.device));
+    args.fixed_order = true;
+    args.m = kGemmBlockRows;
+    args.a = operand.data_ptr();
+    args.lda = args.k;
+    args.c = c->data_ptr();
+    args.ldc = args.n;
+    return Gemm(args, context);
+  };
+  at::Tensor want, got;
+  RETURN_IF_ERROR(product(a, &want));
+  for (const int64_t places : {1, 8, 37, 64}) {
+    const at::Tensor moved = at::roll(a, {places}, {0});
+    RETURN_IF_ERROR(product(moved, &got));
+    if (!at::equal(at::roll(got, {-places}, {0}), want)) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("deterministic products were asked for, but on ", DeviceName(context.device),
+                       " the bits of a row of [", kGemmBlockRows, ",", args.k, "] x [", args.k, ",", args.n,
+                       "] in ", DTypeName(args.dtype), " depend on where in the block it stands"));
     }
   }
   return absl::OkStatus();

@@ -36,6 +36,12 @@ struct GemmArgs {
 };
 absl::Status Gemm(const GemmArgs& args, const OpContext& context);
 
+// Tries whether on this device a product of this size and b (a, c and m do not matter) keeps what fixed_order
+// says: on CUDA that is up to a library's kernel, which could add up the rows of one block in different ways.
+// FAILED_PRECONDITION if it does not. Waits for the device; called at load time, on the stream that is
+// current.
+absl::Status CheckFixedOrder(GemmArgs args, const OpContext& context);
+
 inline constexpr int64_t kGemmBlockRows = 128;
 
 // The rows that a and c of a product of m rows need to have.
