@@ -279,6 +279,7 @@ struct ModelInfo {
   std::vector<DType> output_dtypes;
   int64_t parameters = 0;
   DType compute_dtype = DType::kFloat32;
+  bool deterministic = false;
   std::string device;
   int64_t lookahead = 0;
   int64_t bytes_per_session = 0;

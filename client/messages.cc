@@ -252,6 +252,7 @@ absl::StatusOr<ModelInfo> FromProtoModelInfo(const v1::ModelInfo& proto) {
   const absl::StatusOr<DType> compute_dtype = FromProtoDType(proto.compute_dtype());
   if (!compute_dtype.ok()) return Malformed(compute_dtype.status());
   info.compute_dtype = *compute_dtype;
+  info.deterministic = proto.deterministic();
   info.device = proto.device();
   info.lookahead = proto.lookahead();
   info.bytes_per_session = proto.bytes_per_session();

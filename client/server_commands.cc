@@ -25,7 +25,8 @@ std::string Describe(const ModelInfo& model) {
                     : absl::StrCat("values [T,", model.input_width, "]: ", DTypeNames(model.input_dtypes)));
   line("output", absl::StrCat("values [T,", model.output_width, "]: ", DTypeNames(model.output_dtypes)));
   line("parameters", absl::StrCat(model.parameters));
-  line("computes in", absl::StrCat(DTypeName(model.compute_dtype), " on ", model.device));
+  line("computes in", absl::StrCat(DTypeName(model.compute_dtype), " on ", model.device,
+                                   model.deterministic ? ", deterministic" : ""));
   line("look-ahead", absl::StrCat(model.lookahead, model.lookahead == 1 ? " token" : " tokens"));
   if (model.generates) {
     line("generates", absl::StrCat("at most ", model.max_generated_tokens, " tokens a call, ",

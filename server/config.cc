@@ -19,9 +19,12 @@ namespace {
 // Stores a value in the settings, or says which values it wants.
 using Parser = std::function<absl::Status(absl::string_view value, ServerConfig* config)>;
 
+constexpr char kOnOff[] = "0|1";
+
 struct Flag {
   const char* name;
-  const char* value;  // What stands for the value in the help; "" for a switch.
+  const char*
+      value;  // What stands for the value in the help; "" for a switch; kOnOff: may be left out for 1.
   const char* fallback;
   const char* help;
   Parser parse;
@@ -111,6 +114,12 @@ absl::Status ParseDevice(absl::string_view value, ServerConfig* config) {
   return absl::OkStatus();
 }
 
+absl::Status ParseDeterministic(absl::string_view value, ServerConfig* config) {
+  if (value != "0" && value != "1") return Wanted("0 or 1, or no value");
+  config->deterministic = value == "1";
+  return absl::OkStatus();
+}
+
 absl::Status ParseDType(absl::string_view value, ServerConfig* config) {
   if (value != "float32" && value != "bfloat16") return Wanted("float32 or bfloat16");
   config->dtype = value == "float32" ? DType::kFloat32 : DType::kBFloat16;
@@ -164,6 +173,11 @@ std::vector<Flag> MakeFlags() {
   add("device", "cpu|cuda", "cpu", "where the models run", ParseDevice);
   add("dtype", "float32|bfloat16", "float32",
       "what products are computed in, bfloat16 on CUDA only; session states are float32 always", ParseDType);
+  add("deterministic", kOnOff, "0",
+      "a session gets the same bits whatever it shares its steps with: outputs, scores, sampled tokens. It\n"
+      "costs some of a long prompt's speed on the CPU (the README has figures), and on CUDA products compute\n"
+      "with 128 rows where there are fewer",
+      ParseDeterministic);
   add("listen", "HOST:PORT", "0.0.0.0:50051", "gRPC; port 0 picks a free one and the log says which",
       Address(&C::listen));
   add("tls-cert", "FILE", "",
@@ -287,7 +301,9 @@ absl::StatusOr<ServerConfig> ParseServerConfig(absl::Span<const std::string> arg
     if (is_switch && has_value) {
       return absl::InvalidArgumentError(absl::StrCat("--", name, " is \"", value, "\", want no value"));
     }
-    if (!is_switch && !has_value) {
+    if (!has_value && flag->value == kOnOff) {
+      value = "1";
+    } else if (!is_switch && !has_value) {
       if (i + 1 == arguments.size()) {
         return absl::InvalidArgumentError(absl::StrCat("--", name, " has no value, want ", flag->value));
       }
@@ -328,7 +344,9 @@ std::string ServerHelp() {
       "Serves DeltaNet models over gRPC.\n\n"
       "usage: deltanet-server --model NAME=DIR [--model NAME=DIR ...] [flags]\n\n";
   for (const Flag& flag : Flags()) {
-    absl::StrAppend(&help, "  --", flag.name, *flag.value ? " " : "", flag.value, "\n      ",
+    const std::string value = flag.value == kOnOff ? absl::StrCat("[=", kOnOff, "]")
+                                                   : absl::StrCat(*flag.value ? " " : "", flag.value);
+    absl::StrAppend(&help, "  --", flag.name, value, "\n      ",
                     absl::StrReplaceAll(flag.help, {{"\n", "\n      "}}),
                     *flag.fallback ? absl::StrCat(" (default ", flag.fallback, ")") : "", "\n");
   }

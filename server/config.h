@@ -29,6 +29,7 @@ struct ServerConfig {
   std::vector<std::pair<std::string, std::string>> models;  // Name, directory; names differ.
   DeviceType device = DeviceType::kCpu;
   DType dtype = DType::kFloat32;
+  bool deterministic = false;
   HostPort listen{"0.0.0.0", 50051};
   TlsFiles tls;  // As paths; what is in them is not looked at.
   HostPort metrics_listen{"0.0.0.0", 9464};

@@ -143,6 +143,7 @@ void DeltaNetService::DescribeModel(int model, v1::ModelInfo* info) const {
   info->add_output_dtypes(v1::DATA_TYPE_BFLOAT16);
   info->set_parameters(description.parameters);
   info->set_compute_dtype(ToProtoDType(description.dtype));
+  info->set_deterministic(description.deterministic);
   info->set_device(DeviceName(description.device));
   info->set_lookahead(description.lookahead);
   info->set_bytes_per_session(description.session_bytes);

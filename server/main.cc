@@ -28,6 +28,7 @@ absl::StatusOr<std::vector<NamedModel>> LoadAll(const ServerConfig& config) {
   ModelOptions options;
   options.device.type = config.device;
   options.dtype = config.dtype;
+  options.deterministic = config.deterministic;
   options.max_step_tokens = config.max_step_tokens;
   options.max_step_rows = config.max_step_rows;
   options.pool_bytes = config.state_memory_bytes;
@@ -67,6 +68,7 @@ absl::StatusOr<std::vector<NamedModel>> LoadAll(const ServerConfig& config) {
          {"parameters", absl::StrCat(description.parameters)},
          {"device", DeviceName(description.device)},
          {"dtype", DTypeName(description.dtype)},
+         {"deterministic", description.deterministic ? "true" : "false"},
          {"session_bytes", absl::StrCat(description.session_bytes)},
          {"slots", absl::StrCat(description.num_slots)},
          {"graphs", absl::StrCat(description.graphs)},

@@ -8,8 +8,9 @@
 //   Generate   N sessions that generate greedily, each token fed back on the device
 //
 // On the CPU with all of the machine's threads, and in builds with CUDA on a GPU in both dtypes. There, if
-// DELTANET_BENCH_MODEL_DIR names a model's directory, Sessions runs that model too, and Prefill and Generate if it
-// generates. DELTANET_BENCH_CPU_MODEL_DIR names one for those two on the CPU.
+// DELTANET_BENCH_MODEL_DIR names a model's directory, Sessions runs that model too, and Prefill and Generate
+// if it generates. DELTANET_BENCH_CPU_MODEL_DIR names one for those two on the CPU. With
+// DELTANET_BENCH_DETERMINISTIC set (to anything) the models are deterministic.
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
@@ -58,6 +59,7 @@ class Subject {
     ModelOptions options;
     options.device = mode_.device;
     options.dtype = mode_.dtype;
+    options.deterministic = std::getenv("DELTANET_BENCH_DETERMINISTIC") != nullptr;
     options.max_step_tokens = max_step_tokens_;
     options.max_step_rows = kMaxSessions;
     options.max_slots = kMaxSessions;
@@ -319,7 +321,7 @@ void RegisterGeneration(const std::string& name, const Mode& mode, Subject* subj
                       ->UseRealTime()
                       ->Unit(benchmark::kMillisecond);
   if (mode.device.type == DeviceType::kCpu) {
-    prefill->Args({1, 512})->Args({8, 64});
+    prefill->Args({1, 2048})->Args({1, 512})->Args({8, 64});
   } else {
     prefill->Args({8, 2048})->Args({1, 16384})->Args({1, 2048})->Args({1, 512})->Args({64, 64});
   }

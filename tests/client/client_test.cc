@@ -298,6 +298,7 @@ TEST_F(ClientTest, DescribesModels) {
   EXPECT_THAT(model->output_dtypes, ElementsAre(DType::kFloat32));
   EXPECT_EQ(model->parameters, 7);
   EXPECT_EQ(model->compute_dtype, DType::kFloat32);
+  EXPECT_TRUE(model->deterministic);
   EXPECT_EQ(model->device, "cpu");
   EXPECT_EQ(model->lookahead, FakeService::kLookahead);
   EXPECT_EQ(model->bytes_per_session, 100);

@@ -506,6 +506,7 @@ grpc::Status FakeService::GetModel(grpc::ServerContext* /*context*/, const v1::G
   info->add_output_dtypes(v1::DATA_TYPE_FLOAT32);
   info->set_parameters(7);
   info->set_compute_dtype(v1::DATA_TYPE_FLOAT32);
+  info->set_deterministic(true);
   info->set_device("cpu");
   info->set_bytes_per_session(100);
   info->set_sessions(3);

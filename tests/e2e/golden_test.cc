@@ -50,17 +50,19 @@ struct Golden {
 
 // The real engine behind the real server, and a client of it.
 void Serve(const std::string& directory, const Mode& mode, std::unique_ptr<Server>* server,
-           std::unique_ptr<Client>* client) {
+           std::unique_ptr<Client>* client, bool deterministic = false) {
   ModelOptions options;
   options.device = mode.device;
   options.dtype = mode.dtype;
+  options.deterministic = deterministic;
   options.pool_bytes = int64_t{64} << 20;
   options.cpu_threads = 2;
   auto model = LoadModel(directory, options);
   ASSERT_TRUE(model.ok()) << model.status();
   std::vector<NamedModel> models;
   models.push_back({"golden", *std::move(model)});
-  auto started = Server::Start(ServerOptions{}, std::move(models));
+  const ServerOptions server_options;
+  auto started = Server::Start(server_options, std::move(models));
   ASSERT_TRUE(started.ok()) << started.status();
   *server = *std::move(started);
   auto connected = Client::Connect(absl::StrCat("127.0.0.1:", (*server)->port()), {});
@@ -363,6 +365,116 @@ TEST_P(GenerateService, SixtyFourSideBySideAreAsAlone) {
   for (std::thread& thread : threads) thread.join();
   for (int i = 0; i < kGenerations; ++i) {
     EXPECT_EQ(together[i], IdsOf(Generate(prompt(i), kTokens))) << "generation " << i;
+  }
+}
+
+// What a client gets from a deterministic server has the same bytes whatever the others do.
+class DeterministicService : public testing::TestWithParam<std::tuple<std::string, Mode>> {
+ protected:
+  void SetUp() override { SKIP_WITHOUT_DEVICE(std::get<1>(GetParam())); }
+
+  // All that one client gets, as bytes: a stream in random chunks, and of a model that generates a session
+  // that by turns is fed, scored and continued. What it asks for follows from `seed` alone.
+  static std::string Run(const Client& client, const ModelInfo& model, uint32_t seed) {
+    std::mt19937 random(seed);
+    const auto draw = [&](int64_t n) { return static_cast<int64_t>(random() % n); };
+    std::string bytes;
+    const auto append = [&](const void* data, size_t size) {
+      bytes.append(static_cast<const char*>(data), size);
+    };
+    constexpr int64_t kTokens = 700;
+    std::vector<int64_t> ids(kTokens);
+    std::vector<float> values(kTokens * model.input_width);
+    for (int64_t& id : ids) id = model.vocab_size > 0 ? draw(model.vocab_size) : 0;
+    for (float& value : values) value = static_cast<float>(draw(4001) - 2000) / 1000;
+    const auto tokens = [&](int64_t begin, int64_t end) -> TensorView {
+      if (model.vocab_size > 0) return {ids.data() + begin, {end - begin}, DType::kInt64, {}};
+      const Shape shape = {end - begin, model.input_width};
+      return {values.data() + begin * model.input_width, shape, DType::kFloat32, {}};
+    };
+    const auto chunk = [&] { return 1 + draw(draw(3) == 0 ? 200 : 20); };
+
+    const auto stream = client.OpenStream({});
+    for (int64_t begin = 0, end; begin < kTokens; begin = end) {
+      end = std::min(kTokens, begin + chunk());
+      StreamRequest request;
+      request.input = tokens(begin, end);
+      request.end_of_sequence = end == kTokens;
+      StreamResponse response;
+      if (!stream->Write(request) || !stream->Read(&response) || !response.status.ok()) {
+        ADD_FAILURE() << response.status;
+        return "";
+      }
+      append(response.output.data.data(), response.output.data.size());
+    }
+    EXPECT_TRUE(stream->Finish().ok());
+    if (!model.generates) return bytes;
+
+    const std::string id = absl::StrCat("session-", seed);
+    for (int64_t begin = 0, end; begin < kTokens; begin = end) {
+      end = std::min(kTokens, begin + chunk());
+      const SessionChoice session{.id = id, .create = begin == 0};
+      if (draw(2) == 0) {
+        ForwardOptions options;
+        options.session = session;
+        options.output_options.kind = draw(2) == 0 ? OutputKind::kScores : OutputKind::kTop;
+        options.output_options.top_tokens = 2;
+        const auto result = client.Forward(tokens(begin, end), options);
+        EXPECT_TRUE(result.ok()) << result.status();
+        if (!result.ok()) return "";
+        append(result->log_probs.data(), result->log_probs.size() * sizeof(float));
+        append(result->top.ids.data(), result->top.ids.size() * sizeof(int64_t));
+        append(result->top.log_probs.data(), result->top.log_probs.size() * sizeof(float));
+      } else {
+        GenerateOptions options;
+        options.session = session;
+        options.prompt = std::vector<int64_t>(ids.begin() + begin, ids.begin() + end);
+        options.max_tokens = 1 + draw(12);
+        options.ignore_eos = true;
+        options.sampling.temperature = 5;
+        options.sampling.top_p = 0.9f;
+        options.sampling.seed = seed;
+        options.top_log_probs = 2;
+        const auto result = client.Generate(options, nullptr);
+        EXPECT_TRUE(result.ok()) << result.status();
+        if (!result.ok()) return "";
+        for (const TokenResult& token : result->tokens) {
+          append(&token.id, sizeof(token.id));
+          append(&token.log_prob, sizeof(token.log_prob));
+          append(token.top_log_probs.data(), token.top_log_probs.size() * sizeof(float));
+        }
+      }
+    }
+    EXPECT_TRUE(client.EndSession(id).ok());
+    return bytes;
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(Models, DeterministicService,
+                         testing::Combine(testing::Values("transformer_deltanet", "deltanet_model",
+                                                          "fla_default"),
+                                          testing::ValuesIn(Modes())),
+                         [](const auto& info) {
+                           return absl::StrCat(std::get<0>(info.param), "_", std::get<1>(info.param).name);
+                         });
+
+TEST_P(DeterministicService, SixteenClientsGetTheBytesThatEachGetsAlone) {
+  constexpr int kClients = 16;
+  std::unique_ptr<Server> server;
+  std::unique_ptr<Client> client;
+  Serve(absl::StrCat(DELTANET_TESTDATA, "/golden/", std::get<0>(GetParam())), std::get<1>(GetParam()),
+        &server, &client, /*deterministic=*/true);
+  ASSERT_NE(client, nullptr);
+  const auto model = client->GetModel("");
+  ASSERT_TRUE(model.ok()) << model.status();
+  EXPECT_TRUE(model->deterministic);
+  std::vector<std::string> together(kClients);
+  std::vector<std::thread> threads;
+  for (int i = 0; i < kClients; ++i) threads.emplace_back([&, i] { together[i] = Run(*client, *model, i); });
+  for (std::thread& thread : threads) thread.join();
+  for (int i = 0; i < kClients; ++i) {
+    EXPECT_FALSE(together[i].empty());
+    EXPECT_TRUE(together[i] == Run(*client, *model, i)) << "client " << i;
   }
 }
 

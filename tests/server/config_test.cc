@@ -49,7 +49,8 @@ TEST(Config, EveryFlag) {
       "--model=b=dir=with=equals --model a=x --device cuda --dtype bfloat16 --listen=[::1]:0 "
       "--metrics-listen localhost:1 --max-sessions 5 --state-memory 2GiB --max-step-tokens 128 "
       "--max-step-rows 3 --max-queued-requests 7 --max-queued-tokens 9 --session-ttl 1m30s "
-      "--max-session-ttl 2h --max-message-bytes 1MiB --drain-timeout 0 --step-timeout 5m --threads 4 "
+      "--max-session-ttl 2h --deterministic --max-message-bytes 1MiB --drain-timeout 0 --step-timeout 5m "
+      "--threads 4 "
       "--max-sessions-per-peer 11 --max-response-bytes 1KiB --max-concurrent-streams 12 "
       "--keepalive-time 13s --keepalive-timeout 14s --max-connection-age 15s "
       "--max-connection-age-grace 16s --mixed-step-tokens 192 --max-generated-tokens 1000 "
@@ -59,6 +60,7 @@ TEST(Config, EveryFlag) {
   EXPECT_THAT(config->models, ElementsAre(Pair("b", "dir=with=equals"), Pair("a", "x")));
   EXPECT_EQ(config->device, DeviceType::kCuda);
   EXPECT_EQ(config->dtype, DType::kBFloat16);
+  EXPECT_TRUE(config->deterministic);
   EXPECT_EQ(config->listen.host, "::1");
   EXPECT_EQ(config->listen.port, 0);
   EXPECT_EQ(config->metrics_listen.host, "localhost");
@@ -90,13 +92,17 @@ TEST(Config, EveryFlag) {
 }
 
 TEST(Config, TheEnvironmentCountsWhereTheCommandLineSaysNothing) {
-  const auto config = Parse(
-      {"--max-sessions", "5"},
-      {{"DELTANET_MODEL", "a=1,b=2"}, {"DELTANET_MAX_SESSIONS", "9"}, {"DELTANET_STATE_MEMORY", "12.5%"}});
+  const auto config = Parse({"--max-sessions", "5"}, {{"DELTANET_MODEL", "a=1,b=2"},
+                                                      {"DELTANET_MAX_SESSIONS", "9"},
+                                                      {"DELTANET_STATE_MEMORY", "12.5%"},
+                                                      {"DELTANET_DETERMINISTIC", "1"}});
   ASSERT_TRUE(config.ok()) << config.status();
   EXPECT_THAT(config->models, ElementsAre(Pair("a", "1"), Pair("b", "2")));
   EXPECT_EQ(config->max_sessions, 5);
   EXPECT_EQ(config->state_memory_percent, 12.5);
+  EXPECT_TRUE(config->deterministic);
+  EXPECT_FALSE(
+      Parse({"--model", "m=x", "--deterministic=0"}, {{"DELTANET_DETERMINISTIC", "1"}})->deterministic);
   const auto wrong = Parse({"--model", "m=x"}, {{"DELTANET_THREADS", "many"}});
   EXPECT_THAT(std::string(wrong.status().message()), HasSubstr("DELTANET_THREADS is \"many\", want"));
 }
@@ -130,6 +136,8 @@ INSTANTIATE_TEST_SUITE_P(
         Wrong{{"--model", "a b=x"}, "want NAME=DIRECTORY"},
         Wrong{{"--model", "m=y"}, "--model is \"m=y\", want names that differ"},
         Wrong{{"--device", "gpu"}, "--device is \"gpu\", want cpu or cuda"},
+        Wrong{{"--deterministic=yes"}, "--deterministic is \"yes\", want 0 or 1"},
+        Wrong{{"--deterministic", "1"}, "\"1\" is no flag"},
         Wrong{{"--listen", "50051"}, "--listen is \"50051\", want HOST:PORT"},
         Wrong{{"--listen", ":50051"}, "want HOST:PORT"}, Wrong{{"--listen", "h:65536"}, "want HOST:PORT"},
         Wrong{{"--listen", "::1:50051"}, "want HOST:PORT"},
