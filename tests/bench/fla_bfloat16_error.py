@@ -5,12 +5,28 @@ Prints one JSON line a golden case: {"case", "error"}, the largest error over th
 (through its cache). Needs a GPU, torch, triton, transformers and safetensors, and flash-linear-attention and fla-core on
 PYTHONPATH. engine_test.cc keeps the figures.
 
-    python3 tests/bench/fla_bfloat16_error.py
+    python3 tests/bench/fla_bfloat16_error.py [CASE ...]
+
+Its Triton kernels are not tuned: each takes the least of its configurations, for trying all of them takes minutes a case and
+changes their speed.
 """
 import json
 import pathlib
+import sys
 
 import torch
+import triton
+
+tuned = triton.autotune
+
+
+def untuned(configs, *arguments, **options):
+    size = lambda config: sum(value for value in config.kwargs.values() if isinstance(value, int))
+    return tuned([min(configs, key=lambda config: (config.num_stages, size(config), config.num_warps))], *arguments, **options)
+
+
+triton.autotune = untuned  # Before the kernels are defined.
+
 from fla.models import DeltaNetConfig, DeltaNetForCausalLM
 from safetensors.torch import load_file
 
@@ -35,7 +51,7 @@ def error(logits, want):
 
 
 def main():
-    for folder in sorted(GOLDEN.glob("fla_*")):
+    for folder in [GOLDEN / case for case in sys.argv[1:]] or sorted(GOLDEN.glob("fla_*")):
         golden = load_file(folder / "golden.safetensors")
         ids, want = golden["input_ids"].cuda(), golden["logits"].cuda().double()
         model = load(folder)
