@@ -143,7 +143,8 @@ class Session {
 
   bool HasTheBitsOf(const Session& other) const {
     const auto same = [](const auto& a, const auto& b) {
-      return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0;
+      return a.size() == b.size() &&
+             (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0);
     };
     return same(output_, other.output_) && same(log_probs_, other.log_probs_) &&
            same(top_log_probs_, other.top_log_probs_) && same(sampled_, other.sampled_) &&
