@@ -23,6 +23,7 @@
 
 #include "model/ops/cuda_kernels.h"
 #include "model/ops/cuda_util.cuh"
+#include "model/ops/cuda_vector.cuh"
 #include "model/ops/delta_rule_cuda.h"
 #include "model/ops/short_conv_cuda.cuh"
 
@@ -237,7 +238,7 @@ __global__ void __launch_bounds__(2 * kDim, kDim == 128 ? 2 : 6)
 }
 
 bool Aligned(const SlotView& slots) {
-  return reinterpret_cast<uintptr_t>(slots.pool) % 16 == 0 && slots.slot_stride % 4 == 0 && slots.offset % 4 == 0;
+  return Aligned16({slots.pool}) && slots.slot_stride % 4 == 0 && slots.offset % 4 == 0;
 }
 
 template <typename T, int kDim>

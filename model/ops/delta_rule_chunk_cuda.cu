@@ -59,6 +59,7 @@
 #include "model/ops/cuda_kernels.h"
 #include "model/ops/cuda_sm90.cuh"
 #include "model/ops/cuda_util.cuh"
+#include "model/ops/cuda_vector.cuh"
 #include "model/ops/delta_rule_cuda.h"
 
 namespace deltanet {
@@ -830,8 +831,6 @@ absl::Status Launch(const RaggedRows& rows, const DeltaRuleArgs& args, cudaStrea
                                       : Launch<kKeys, kConsumers, false>(rows, args, stream);
 }
 
-bool Aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 }  // namespace
 
 int64_t DeltaRuleChunkCudaBlocks(int device, DType dtype, int64_t key_dim, int64_t value_dim) {
@@ -848,8 +847,8 @@ int64_t DeltaRuleChunkCudaBlocks(int device, DType dtype, int64_t key_dim, int64
 
 bool DeltaRuleChunkCudaTakes(const DeltaRuleArgs& args) {
   int device = 0;
-  return args.token_stride % 8 == 0 && Aligned(args.q) && Aligned(args.k) && Aligned(args.v) &&
-         Aligned(args.out_bfloat16) && cudaGetDevice(&device) == cudaSuccess &&
+  return args.token_stride % 8 == 0 && Aligned16({args.q, args.k, args.v, args.out_bfloat16}) &&
+         cudaGetDevice(&device) == cudaSuccess &&
          DeltaRuleChunkCudaBlocks(device, args.dtype, args.key_dim, args.value_dim) > 0;
 }
 
