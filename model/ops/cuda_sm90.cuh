@@ -15,6 +15,7 @@
 #ifndef DELTANET_MODEL_OPS_CUDA_SM90_CUH_
 #define DELTANET_MODEL_OPS_CUDA_SM90_CUH_
 
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -85,11 +86,26 @@ __device__ inline void BarrierWait(uint32_t barrier, uint32_t parity) {
   while (!BarrierTry(barrier, parity)) {
   }
 }
+// The barrier's phase in hand also waits for `bytes` of copies that count themselves there.
+__device__ inline void BarrierExpect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
 // A barrier among `threads` threads; 0 is __syncthreads().
 __device__ inline void NamedBarrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Queues the copy of the tile at (row, column) of a map, in constant or parameter memory, counted on
+// `barrier`.
+__device__ inline void CopyTile(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
+      "%4}], "
+      "[%2];" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(column), "r"(row)
+      : "memory");
+}
 // Queues a copy of 16 bytes to shared memory, or of 16 zeros if not `there`.
 __device__ inline void CopyAsync16(uint32_t to, const void* from, bool there) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to),

@@ -44,6 +44,16 @@ __device__ inline float SigmoidFor<__nv_bfloat16>(float x) {
   return __fdividef(1.0f, 1.0f + __expf(-x));
 }
 
+// 1 / sqrt(x), likewise: with bfloat16 within two of float32's roundings.
+template <typename T>
+__device__ inline float InverseRootFor(float x) {
+  return 1.0f / sqrtf(x);
+}
+template <>
+__device__ inline float InverseRootFor<__nv_bfloat16>(float x) {
+  return rsqrtf(x);
+}
+
 __device__ inline float WarpSum(float x) {
   for (int offset = 16; offset > 0; offset >>= 1) x += __shfl_xor_sync(0xffffffffu, x, offset);
   return x;
@@ -57,6 +67,21 @@ __device__ inline float BlockSum(float x, float* scratch) {
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
   __syncthreads();
   return WarpSum(threadIdx.x % 32 < warps ? scratch[threadIdx.x % 32] : 0.0f);
+}
+
+// Programmatic launches, on a Hopper GPU and later; elsewhere a kernel starts when the one before has ended.
+// Once all blocks of a kernel have called it or ended, the next one may start if it was launched so.
+__device__ inline void LetNextKernelStart() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Waits until all kernels before this one have ended and what they wrote is there. A kernel that was launched
+// so calls it at some time, or the kernel after it would not wait for those before.
+__device__ inline void AwaitEarlierKernels() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // Threads of a block that works on `width` values: a multiple of 32, at most kMostThreads.

@@ -9,19 +9,19 @@
 // T and P come from the chunk alone; the chain from chunk to chunk is K S, then U, then S.
 //
 // Tiling. A block has four warpgroups, one or two consumers and for the rest producers, and works through its
-// share of the pieces (row, head, part of V) as planned (delta_rule_plan.h). A consumer has 64 columns of S. It works on transposes,
-// so that everything that depends on S is a left operand and lives in its registers, where the result of one
-// product, rounded to pairs, is the left operand of the next:
+// share of the pieces (row, head, part of V) as planned (delta_rule_plan.h). A consumer has 64 columns of S.
+// It works on transposes, so that everything that depends on S is a left operand and lives in its registers,
+// where the result of one product, rounded to pairs, is the left operand of the next:
 //
 //   X^T = V^T - S^T K^T  [64, C]      U^T = X^T T^T  [64, C]      S^T += U^T K  [64, K]
 //   O^T = S^T Q^T + U^T P^T  [64, C]
 //
 // S^T stays in float32 accumulators for the row's whole length; the products are asynchronous (wgmma), Q S
 // and P U running while the chain rounds its operands. Producers run ahead: they copy the next chunk
-// (cp.async, 3 stages of q, k, v) and make T and P (2 or 3 slots) of a chunk while the consumers are at the one
-// before. With two consumers (V = 128) one producer copies and the other makes T and P; with one consumer (V
-// = 64, or V = 128 split over two blocks, when there are fewer rows and heads than half the multiprocessors)
-// two make T, of chunks in turn, and the third copies and makes P.
+// (cp.async, 3 stages of q, k, v) and make T and P (2 or 3 slots) of a chunk while the consumers are at the
+// one before. With two consumers (V = 128) one producer copies and the other makes T and P; with one consumer
+// (V = 64, or V = 128 split over two blocks, when there are fewer rows and heads than half the
+// multiprocessors) two make T, of chunks in turn, and the third copies and makes P.
 //
 // T, on a warpgroup whose warp w has rows 16w to 16w+15 of A: each warp inverts its diagonal 16x16 block by
 // substitution in float32, a lane a column. Then warp j goes down block column j in registers,
@@ -42,20 +42,24 @@
 // chunk, so 32 chunks take 51 us at 1.75 GHz; the chain alone (one consumer: 64 x 64 x (2 K + 64 2)) 640
 // cycles and its latencies.
 //
-// Measured (24 November 2026, one H200, CUDA graph of one call, us, float32 out / bfloat16 out; 16 heads of 128
-// unless said; delta_rule_cuda_bench):
+// Measured (24 November 2026, one H200, CUDA graph of one call, us, float32 out / bfloat16 out; 16 heads of
+// 128 unless said; delta_rule_cuda_bench):
 //
 //   8 rows of 2048     145 / 129      32 rows of 512             158 / 143     1 row of 512     26 / 26
 //   1 row of 8192      307 / 292      64 rows of 64               88 / 84      1 row of 2048    83 / 78
 //   1 row of 32768    1188 / 1136     32 ragged rows, 8913       155 / 145
 //   8 rows of 4096, 32 heads of 64                               280 / 254
 //
-// Token by token, 8 rows of 2048 take 2505. With one producer that both copied and made T and P, many rows took 151
-// / 142; with one warpgroup making all T, few rows took as long as now: what bounds those is not yet known.
+// Token by token, 8 rows of 2048 take 2505. With one producer that both copied and made T and P, many rows
+// took 151 / 142; with one warpgroup making all T, few rows took as long as now: what bounds those is not yet
+// known.
+#include <cuda.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
+#include "model/base/status_macros.h"
 #include "model/ops/cuda_kernels.h"
 #include "model/ops/cuda_sm90.cuh"
 #include "model/ops/cuda_util.cuh"
@@ -73,10 +77,10 @@ constexpr int kOffDiagonal = 6;       // Blocks below the diagonal.
 // Shared memory of a block, in bytes from its start.
 template <int kKeys, int kConsumers>
 struct Layout {
-  static constexpr int kMakers = kConsumers == 1 ? 2 : 1;  // Producers that make a chunk's T or P.
-  static constexpr int kTurns = kConsumers == 1 ? 2 : 1;   // Producers that make T, of chunks in turn.
-  // Of T (hi, lo) and P. A maker waits for its slot before T's last steps, which take longer than a consumer's
-  // chunk: with two slots and one consumer those steps would be part of the chain.
+  static constexpr int kMakers = 2;                       // Producers that make a chunk's T or P.
+  static constexpr int kTurns = kConsumers == 1 ? 2 : 1;  // Producers that make T, of chunks in turn.
+  // Of T (hi, lo) and P. A maker waits for its slot before T's last steps, which take longer than a
+  // consumer's chunk: with two slots and one consumer those steps would be part of the chain.
   static constexpr int kSlots = kConsumers == 1 ? 3 : 2;
   static constexpr int kThreads = 512;
   static constexpr int kKeyTiles = kKeys / 64;
@@ -93,8 +97,8 @@ struct Layout {
   // Of each warp, the diagonal block: first -A^T in float32, rows 20 floats apart, then T^T, hi and lo.
   static constexpr int kDiagonal = kBlocks + kOffDiagonal * 2 * kBlockBytes;
   static constexpr int kTurnBytes = (kOffDiagonal + 4) * 2 * kBlockBytes;
-  static constexpr int kBeta = kBlocks + kTurns * kTurnBytes;            // float[kStages][kChunk]
-  static constexpr int kBarriers = kBeta + kStages * kChunk * 4;         // uint64_t[2 * kStages + 2 * kSlots]
+  static constexpr int kBeta = kBlocks + kTurns * kTurnBytes;     // float[kStages][kChunk]
+  static constexpr int kBarriers = kBeta + kStages * kChunk * 4;  // uint64_t[2 * kStages + 2 * kSlots]
   static constexpr int kBytes = kBarriers + 8 * 2 * (kStages + kSlots);
   static_assert(kBytes <= 227 * 1024);
 
@@ -120,6 +124,7 @@ struct Ring {
 struct Problem {
   RaggedRows rows;
   DeltaRuleArgs args;
+  CUtensorMap q, k, v;  // Of all tokens by all channels, in tiles of 64 by 64.
 };
 
 // With DELTANET_DELTA_RULE_CLOCKS defined, where the cycles of each warpgroup of block 0 went.
@@ -162,9 +167,7 @@ struct Walk {
   int64_t begin;  // Its first token.
 
   __device__ explicit Walk(const Problem& of)
-      : problem(&of),
-        next(of.rows.chunks.pieces[blockIdx.x]),
-        end(of.rows.chunks.pieces[blockIdx.x + 1]) {}
+      : problem(&of), next(of.rows.chunks.pieces[blockIdx.x]), end(of.rows.chunks.pieces[blockIdx.x + 1]) {}
 
   __device__ bool Next() {
     if (next == end) return false;
@@ -180,11 +183,34 @@ struct Walk {
   }
 };
 
-// Copies a chunk to a stage: all 128 threads of a producer, `thread` this one's number. What is beyond `left`
-// tokens is zero, whatever memory holds there.
+// Queues the copy of a chunk of kChunk tokens to a stage, on whose barrier `loaded` it counts its bytes. One
+// thread.
 template <typename L, int kKeys, int kConsumers>
-__device__ void CopyChunk(const DeltaRuleArgs& args, const Walk& walk, int chunk, uint32_t stage,
-                          int thread) {
+__device__ void CopyTiles(const Problem& problem, const Walk& walk, int chunk, uint32_t stage,
+                          uint32_t loaded) {
+  const int token = static_cast<int>(walk.begin) + chunk * kChunk;
+  const int column = walk.head * kKeys;
+  BarrierExpect(loaded, L::kStageBytes);
+#pragma unroll
+  for (int i = 0; i < L::kKeyTiles; ++i) {
+    CopyTile(stage + (L::kKeyTiles + i) * kTileBytes, &problem.k, column + 64 * i, token, loaded);
+  }
+#pragma unroll
+  for (int i = 0; i < L::kKeyTiles; ++i) {
+    CopyTile(stage + i * kTileBytes, &problem.q, column + 64 * i, token, loaded);
+  }
+#pragma unroll
+  for (int i = 0; i < kConsumers; ++i) {
+    CopyTile(stage + (2 * L::kKeyTiles + i) * kTileBytes, &problem.v,
+             column + (walk.part * kConsumers + i) * 64, token, loaded);
+  }
+}
+
+// The same for a row's last tokens, fewer than kChunk: all 128 threads of a producer, `thread` this one's
+// number. What is beyond `left` tokens is zero, whatever memory holds there.
+template <typename L, int kKeys, int kConsumers>
+__device__ void CopyTokens(const DeltaRuleArgs& args, const Walk& walk, int chunk, uint32_t stage,
+                           int thread) {
   const int left = walk.tokens - chunk * kChunk;
   const int64_t token = walk.begin + int64_t{chunk} * kChunk;
   const auto copy = [&](const void* from, int64_t first_column, auto pieces, uint32_t to) {
@@ -401,63 +427,6 @@ __device__ void StoreLowerTriangle(const uint32_t (&p)[16], uint32_t tile, int w
   }
 }
 
-// A producer that copies chunks and makes nothing of them.
-template <typename L, int kKeys, int kConsumers>
-__device__ void CopyOnly(const Problem& problem, Walk walk, unsigned char* memory, int thread) {
-  const uint32_t base = SharedAddress(memory);
-  const DeltaRuleArgs& args = problem.args;
-  Clocks clocks;
-  Ring<kStages> stage, last;  // Of the chunk in hand; of the one that is on its way.
-  float last_beta = 0;
-  bool underway = false;
-  const auto arrived = [&] {
-    if (thread < kChunk) reinterpret_cast<float*>(memory + L::kBeta)[last.at * kChunk + thread] = last_beta;
-    FenceAsyncProxy();
-    BarrierArrive(base + L::Loaded(last.at));
-  };
-  while (walk.Next()) {
-    const int chunks = (walk.tokens + kChunk - 1) / kChunk;
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      clocks.Mark(0);
-      // Nobody waits for a chunk that is there because the next one has no place yet.
-      if (!BarrierIsPast(base + L::StageFree(stage.at), stage.parity ^ 1)) {
-        if (underway) {
-          CopyAsyncWait<0>();
-          arrived();
-          underway = false;
-        }
-        BarrierWait(base + L::StageFree(stage.at), stage.parity ^ 1);
-      }
-      __syncwarp();
-      clocks.Mark(1);
-      CopyChunk<L, kKeys, kConsumers>(args, walk, chunk, base + L::kStage + stage.at * L::kStageBytes,
-                                      thread);
-      CopyAsyncCommit();
-      const int token = chunk * kChunk + thread;
-      const float beta = thread < kChunk && token < walk.tokens
-                             ? __bfloat162float(static_cast<const __nv_bfloat16*>(
-                                   args.beta)[(walk.begin + token) * args.token_stride + walk.head])
-                             : 0.0f;
-      clocks.Mark(2);
-      if (underway) {
-        CopyAsyncWait<1>();
-        arrived();
-      }
-      underway = true;
-      last_beta = beta;
-      last = stage;
-      stage.Next();
-      clocks.Mark(3);
-    }
-  }
-  if (underway) {
-    CopyAsyncWait<0>();
-    arrived();
-  }
-  // Other, stage free, copy, loaded.
-  clocks.Keep();
-}
-
 // A producer that makes T (kT) of every kTurns-th chunk, from number `turn`, or copies chunks (kCopy) and
 // makes P (kP), or makes both.
 template <typename L, int kKeys, int kConsumers, bool kCopy, bool kT, bool kP>
@@ -476,18 +445,25 @@ __device__ void Produce(const Problem& problem, Walk walk, unsigned char* memory
     return true;
   };
   Ring<kStages> copied;
-  float next_beta = 0;
+  __nv_bfloat16 next_beta = FromFloat<__nv_bfloat16>(0);  // As it came: nobody waits for it here.
   Clocks clocks;
   const auto copy = [&] {
     clocks.Mark(0);
     BarrierWait(base + L::StageFree(copied.at), copied.parity ^ 1);
     clocks.Mark(1);
-    CopyChunk<L, kKeys, kConsumers>(args, walk, chunk, base + L::kStage + copied.at * L::kStageBytes, thread);
+    const uint32_t to = base + L::kStage + copied.at * L::kStageBytes;
+    if (walk.tokens - chunk * kChunk < kChunk) {
+      CopyTokens<L, kKeys, kConsumers>(args, walk, chunk, to, thread);
+    } else if (thread == 0) {
+      CopyTiles<L, kKeys, kConsumers>(problem, walk, chunk, to, base + L::Loaded(copied.at));
+    }
     const int token = chunk * kChunk + thread;
-    next_beta = thread < kChunk && token < walk.tokens
-                    ? __bfloat162float(static_cast<const __nv_bfloat16*>(
-                          args.beta)[(walk.begin + token) * args.token_stride + walk.head])
-                    : 0.0f;
+    if (thread < kChunk && token < walk.tokens) {
+      next_beta = static_cast<const __nv_bfloat16*>(
+          args.beta)[(walk.begin + token) * args.token_stride + walk.head];
+    } else {
+      next_beta = FromFloat<__nv_bfloat16>(0);
+    }
     copied.Next();
     clocks.Mark(2);
   };
@@ -508,7 +484,7 @@ __device__ void Produce(const Problem& problem, Walk walk, unsigned char* memory
   while (more) {
     Opaque(&lane);  // Or all addresses of the loop would be made before it, and spilled.
     float* const beta = reinterpret_cast<float*>(memory + L::kBeta) + stage.at * kChunk;
-    const float this_beta = next_beta;
+    const __nv_bfloat16 this_beta = next_beta;
     for (int i = 0; i < kTurns; ++i) more = next_chunk();
     bool ahead = false;
     if (kCopy) {
@@ -522,7 +498,7 @@ __device__ void Produce(const Problem& problem, Walk walk, unsigned char* memory
       } else {
         CopyAsyncWait<0>();
       }
-      if (thread < kChunk) beta[thread] = this_beta;
+      if (thread < kChunk) beta[thread] = ToFloat(this_beta);
       FenceAsyncProxy();
       BarrierArrive(base + L::Loaded(stage.at));
     }
@@ -635,7 +611,6 @@ __device__ void Consume(const Problem& problem, Walk walk, unsigned char* memory
           }
           to += 16 * width;
         }
-        __syncwarp();
       } else {
         float* to = args.out + (token + 2 * q) * width + column + 16 * warp + r;
 #pragma unroll
@@ -647,7 +622,7 @@ __device__ void Consume(const Problem& problem, Walk walk, unsigned char* memory
           to += 8 * width;
         }
       }
-      if (lane == 0) BarrierArrive(base + L::SlotFree(at));
+      BarrierArrive(base + L::SlotFree(at));
     };
 
     uint32_t s_operand[kKeys / 16][4];
@@ -729,7 +704,7 @@ __device__ void Consume(const Problem& problem, Walk walk, unsigned char* memory
       AsyncProductsWait<1>();
       Pin(s);
       clocks.Mark(7);
-      if (lane == 0) BarrierArrive(base + L::StageFree(stage.at));
+      BarrierArrive(base + L::StageFree(stage.at));
       round_s();
       // Nothing is left pending over the loop's end: there the compiler would make every product wait.
       AsyncProductsWait<0>();
@@ -767,11 +742,11 @@ __global__ void __launch_bounds__(Layout<kKeys, kConsumers>::kThreads, 1)
   if (thread == 0) {
     for (int i = 0; i < kStages; ++i) {
       BarrierInit(base + L::Loaded(i), 128);
-      BarrierInit(base + L::StageFree(i), 4 * kConsumers);
+      BarrierInit(base + L::StageFree(i), 128 * kConsumers);
     }
     for (int i = 0; i < L::kSlots; ++i) {
       BarrierInit(base + L::Ready(i), 128 * L::kMakers);
-      BarrierInit(base + L::SlotFree(i), 4 * kConsumers);
+      BarrierInit(base + L::SlotFree(i), 128 * kConsumers);
     }
     BarrierInitFence();
   }
@@ -787,26 +762,47 @@ __global__ void __launch_bounds__(Layout<kKeys, kConsumers>::kThreads, 1)
   if (group < kConsumers) {
     MoreRegisters<kConsumers == 1 ? 208 : 192>();
     Consume<L, kKeys, kConsumers, kNarrow>(problem, walk, memory, group, thread % 128);
-  } else if constexpr (kConsumers == 1) {
-    if (group < 3) {
-      FewerRegisters<112>();
-      Produce<L, kKeys, kConsumers, false, true, false>(problem, walk, memory, group - 1, thread % 128);
-    } else {
-      FewerRegisters<80>();
-      Produce<L, kKeys, kConsumers, true, false, true>(problem, walk, memory, 0, thread % 128);
-    }
-  } else if (group == kConsumers) {
-    FewerRegisters<96>();
-    Produce<L, kKeys, kConsumers, false, true, true>(problem, walk, memory, 0, thread % 128);
+  } else if (group < 3) {
+    FewerRegisters<kConsumers == 1 ? 112 : 64>();
+    Produce<L, kKeys, kConsumers, false, true, false>(problem, walk, memory, group - kConsumers,
+                                                      thread % 128);
   } else {
-    FewerRegisters<32>();
-    CopyOnly<L, kKeys, kConsumers>(problem, walk, memory, thread % 128);
+    FewerRegisters<kConsumers == 1 ? 80 : 64>();
+    Produce<L, kKeys, kConsumers, true, false, true>(problem, walk, memory, 0, thread % 128);
   }
+  AwaitEarlierKernels();
 #endif
 }
 
+// A map of [tokens, columns] bfloat16, rows args.token_stride apart, in tiles of 64 x 64 as the products read
+// them.
+absl::Status MakeTileMap(const RaggedRows& rows, const DeltaRuleArgs& args, const void* from, int64_t columns,
+                         CUtensorMap* map) {
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                               cudaEnableDefault, &found);
+    return error == cudaSuccess && found == cudaDriverEntryPointSuccess
+               ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)
+               : nullptr;
+  }();
+  if (encode == nullptr) return absl::InternalError("the driver has no cuTensorMapEncodeTiled, of CUDA 12.0");
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows.tokens)};
+  const cuuint64_t stride = static_cast<cuuint64_t>(args.token_stride) * sizeof(__nv_bfloat16);
+  const cuuint32_t tile[] = {64, 64}, steps[] = {1, 1};
+  const CUresult result =
+      encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(from), sizes, &stride, tile, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result == CUDA_SUCCESS) return absl::OkStatus();
+  return absl::InternalError(absl::StrCat("cuTensorMapEncodeTiled of [", rows.tokens, ",", columns,
+                                          "], row stride ", args.token_stride, ": error ", int{result}));
+}
+
 template <int kKeys, int kConsumers, bool kNarrow>
-absl::Status Launch(const RaggedRows& rows, const DeltaRuleArgs& args, cudaStream_t stream) {
+absl::Status Launch(const RaggedRows& rows, const DeltaRuleArgs& args, bool with_short_rows,
+                    cudaStream_t stream) {
   using L = Layout<kKeys, kConsumers>;
   const auto kernel = DeltaRuleChunkKernel<kKeys, kConsumers, kNarrow>;
   const cudaError_t error =
@@ -820,15 +816,36 @@ absl::Status Launch(const RaggedRows& rows, const DeltaRuleArgs& args, cudaStrea
   config.blockDim = dim3(L::kThreads);
   config.dynamicSmemBytes = L::kBytes;
   config.stream = stream;
-  if (cudaLaunchKernelEx(&config, kernel, Problem{.rows = rows, .args = args}) != cudaSuccess)
+  cudaLaunchAttribute beside = {};
+  beside.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  beside.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &beside;
+  config.numAttrs = with_short_rows ? 1 : 0;
+  Problem problem{.rows = rows, .args = args};
+  RETURN_IF_ERROR(MakeTileMap(rows, args, args.q, args.heads * kKeys, &problem.q));
+  RETURN_IF_ERROR(MakeTileMap(rows, args, args.k, args.heads * kKeys, &problem.k));
+  RETURN_IF_ERROR(MakeTileMap(rows, args, args.v, args.heads * kKeys, &problem.v));
+  if (cudaLaunchKernelEx(&config, kernel, problem) != cudaSuccess)
     return LaunchStatus("DeltaRuleChunkKernel");
   return absl::OkStatus();
 }
 
 template <int kKeys, int kConsumers>
-absl::Status Launch(const RaggedRows& rows, const DeltaRuleArgs& args, cudaStream_t stream) {
-  return args.out_bfloat16 != nullptr ? Launch<kKeys, kConsumers, true>(rows, args, stream)
-                                      : Launch<kKeys, kConsumers, false>(rows, args, stream);
+absl::Status Launch(const RaggedRows& rows, const DeltaRuleArgs& args, bool with_short_rows,
+                    cudaStream_t stream) {
+  return args.out_bfloat16 != nullptr ? Launch<kKeys, kConsumers, true>(rows, args, with_short_rows, stream)
+                                      : Launch<kKeys, kConsumers, false>(rows, args, with_short_rows, stream);
+}
+
+// Whether the program has the kernel's code for sm_90a. Without, a device compiles the empty one of older
+// PTX.
+bool BuiltForHopper() {
+  static const bool built = [] {
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, DeltaRuleChunkKernel<64, 1, true>) == cudaSuccess &&
+           attributes.ptxVersion >= 90;
+  }();
+  return built;
 }
 
 }  // namespace
@@ -842,7 +859,7 @@ int64_t DeltaRuleChunkCudaBlocks(int device, DType dtype, int64_t key_dim, int64
       get(cudaDevAttrComputeCapabilityMajor) == 9 && get(cudaDevAttrComputeCapabilityMinor) == 0;
   const bool has_kernel =
       dtype == DType::kBFloat16 && key_dim == value_dim && (key_dim == 64 || key_dim == 128);
-  return hopper && has_kernel ? get(cudaDevAttrMultiProcessorCount) : 0;
+  return hopper && has_kernel && BuiltForHopper() ? get(cudaDevAttrMultiProcessorCount) : 0;
 }
 
 bool DeltaRuleChunkCudaTakes(const DeltaRuleArgs& args) {
@@ -852,11 +869,12 @@ bool DeltaRuleChunkCudaTakes(const DeltaRuleArgs& args) {
          DeltaRuleChunkCudaBlocks(device, args.dtype, args.key_dim, args.value_dim) > 0;
 }
 
-absl::Status DeltaRuleChunkCuda(const RaggedRows& rows, const DeltaRuleArgs& args, void* stream) {
+absl::Status DeltaRuleChunkCuda(const RaggedRows& rows, const DeltaRuleArgs& args, bool with_short_rows,
+                                void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  if (args.key_dim == 64) return Launch<64, 1>(rows, args, cuda_stream);
-  return rows.chunks.parts == 2 ? Launch<128, 1>(rows, args, cuda_stream)
-                                : Launch<128, 2>(rows, args, cuda_stream);
+  if (args.key_dim == 64) return Launch<64, 1>(rows, args, with_short_rows, cuda_stream);
+  return rows.chunks.parts == 2 ? Launch<128, 1>(rows, args, with_short_rows, cuda_stream)
+                                : Launch<128, 2>(rows, args, with_short_rows, cuda_stream);
 }
 
 #ifdef DELTANET_DELTA_RULE_CLOCKS

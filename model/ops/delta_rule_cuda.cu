@@ -36,6 +36,7 @@ __device__ inline float LanesSum(float x) {
 template <typename T, int kRows>
 __global__ void __launch_bounds__(kThreads)
     DeltaRuleKernel(RaggedRows rows, DeltaRuleArgs args, int64_t most) {
+  LetNextKernelStart();  // The kernel by chunks, for the other rows.
   extern __shared__ float shared[];
   const int K = static_cast<int>(args.key_dim), V = static_cast<int>(args.value_dim);
   float* tile_q = shared;                     // [kTile, K]
@@ -181,16 +182,16 @@ void SetDeltaRuleCudaPathForTesting(DeltaRuleCudaPath wanted) { path = wanted; }
 
 absl::Status DeltaRuleCuda(const RaggedRows& rows, const DeltaRuleArgs& args, void* stream) {
   if (rows.rows == 0) return absl::OkStatus();
-  const bool chunks = path != DeltaRuleCudaPath::kTokens && rows.chunks.blocks > 0 &&
-                      DeltaRuleChunkCudaTakes(args);
-  if (chunks) {
-    RETURN_IF_ERROR(DeltaRuleChunkCuda(rows, args, stream));
-    if (std::max(rows.shortest - 1, args.longer_than) >= kDeltaRuleFewTokens) return absl::OkStatus();
+  const bool chunks =
+      path != DeltaRuleCudaPath::kTokens && rows.chunks.blocks > 0 && DeltaRuleChunkCudaTakes(args);
+  const bool short_rows = !chunks || std::max(rows.shortest - 1, args.longer_than) < kDeltaRuleFewTokens;
+  if (short_rows) {
+    const int64_t most = chunks ? kDeltaRuleFewTokens : INT64_MAX;
+    const auto cuda_stream = static_cast<cudaStream_t>(stream);
+    RETURN_IF_ERROR(args.dtype == DType::kBFloat16 ? Dispatch<__nv_bfloat16>(rows, args, most, cuda_stream)
+                                                   : Dispatch<float>(rows, args, most, cuda_stream));
   }
-  const int64_t most = chunks ? kDeltaRuleFewTokens : INT64_MAX;
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  return args.dtype == DType::kBFloat16 ? Dispatch<__nv_bfloat16>(rows, args, most, cuda_stream)
-                                        : Dispatch<float>(rows, args, most, cuda_stream);
+  return chunks ? DeltaRuleChunkCuda(rows, args, short_rows, stream) : absl::OkStatus();
 }
 
 }  // namespace deltanet

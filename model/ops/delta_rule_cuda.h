@@ -21,9 +21,11 @@ int64_t DeltaRuleChunkCudaBlocks(int device, DType dtype, int64_t key_dim, int64
 // Whether the chunk kernel can do this work on the current device, given a plan.
 bool DeltaRuleChunkCudaTakes(const DeltaRuleArgs& args);
 
-// Runs the rows of rows.chunks and leaves the others alone. Wants DeltaRuleChunkCudaTakes(args) and
+// Runs the rows of rows.chunks and leaves the others alone; at the same time as the kernel before it if that
+// is the one `with_short_rows`, which lets it start. Wants DeltaRuleChunkCudaTakes(args) and
 // rows.chunks.blocks > 0. INTERNAL if a launch fails.
-absl::Status DeltaRuleChunkCuda(const RaggedRows& rows, const DeltaRuleArgs& args, void* stream);
+absl::Status DeltaRuleChunkCuda(const RaggedRows& rows, const DeltaRuleArgs& args, bool with_short_rows,
+                                void* stream);
 
 }  // namespace deltanet
 

@@ -137,12 +137,19 @@ __global__ void __launch_bounds__(kThreads, 4)
         for (int c = 0; c < kStrip; ++c) past[j][c] = 0.0f;
       }
     }
-    while (n < part_end) {
-      Packed<T, kStrip> ahead[kAhead];
+    // The next tokens are on their way while these are worked on.
+    Packed<T, kStrip> ahead[kAhead], next[kAhead];
+    const auto load_next = [&](int64_t from) {
 #pragma unroll
       for (int a = 0; a < kAhead; ++a) {
-        if (n + a < part_end) ahead[a] = LoadPacked<kStrip>(z + (n + a) * args.z_stride);
+        if (from + a < part_end) next[a] = LoadPacked<kStrip>(z + (from + a) * args.z_stride);
       }
+    };
+    load_next(n);
+    while (n < part_end) {
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) ahead[a] = next[a];
+      load_next(n + kAhead);
 #pragma unroll
       for (int a = 0; a < kAhead && n < part_end; ++a, ++n) {
         float input[kStrip], y[kStrip];
@@ -166,9 +173,9 @@ __global__ void __launch_bounds__(kThreads, 4)
             sum += __shfl_xor_sync(0xffffffffu, sum, offset);
           }
           if (is_key) {
-            const float inverse = 1.0f / sqrtf(sum + 1e-6f);
+            const float factor = l2 ? InverseRootFor<T>(sum + 1e-6f) : 1.0f / sum;
 #pragma unroll
-            for (int c = 0; c < kStrip; ++c) y[c] = l2 ? y[c] * inverse : y[c] / sum;
+            for (int c = 0; c < kStrip; ++c) y[c] *= factor;
           }
         }
         if (there) Store<kStrip>(y, out + n * args.out_stride);
