@@ -18,10 +18,14 @@
 //
 // S^T stays in float32 accumulators for the row's whole length; the products are asynchronous (wgmma), Q S
 // and P U running while the chain rounds its operands. Producers run ahead: they copy the next chunk
-// (cp.async, 3 stages of q, k, v) and make T and P (2 or 3 slots) of a chunk while the consumers are at the one
-// before. With two consumers (V = 128) one producer copies and the other makes T and P; with one consumer (V
-// = 64, or V = 128 split over two blocks, when there are fewer rows and heads than half the multiprocessors)
-// two make T, of chunks in turn, and the third copies and makes P.
+// (cp.async, 2 or 3 stages of q, k, v) and make T and P (2 or 3 slots) of a chunk while the consumers are at
+// the one before. With two consumers (V = 128) one producer copies and the other makes T and P; with one
+// consumer (V = 64, V = 256 split over four blocks, or V = 128 split over two, when there are fewer rows and
+// heads than half the multiprocessors) two make T, of chunks in turn, and the third copies and makes P.
+//
+// With K = 256 S^T takes 128 of a thread's 240 registers and a stage 72 KiB. So S^T is rounded 16 columns at
+// a time, on its way into S^T K^T and S^T Q^T, which go side by side; and U^T P^T comes before U^T K, so that
+// the output is stored while S^T is updated and its slot, one of two, is soon free.
 //
 // T, on a warpgroup whose warp w has rows 16w to 16w+15 of A: each warp inverts its diagonal 16x16 block by
 // substitution in float32, a lane a column. Then warp j goes down block column j in registers,
@@ -35,12 +39,13 @@
 // with every value stored in bfloat16, and 1.3 to 1.7 times that of the definition with float32 state whose
 // operands alone are rounded, for keys that are not nearly equal.
 //
-// Bytes a token and head: 2 (2K + V) read (q and k once more where V is split), 4 V (or 2 V, bfloat16)
-// written; 8 K V a row and head. K = V = 128 and bfloat16 out: 1 KiB a token and head, so 8 rows of 2048
-// tokens with 16 heads are 285 MB: 66 us at 4.3 TB/s. Multiply-adds a chunk: 64 (3 K V + 2 64 K + 3 64 V)
-// = 5.8 M for K = V = 128, of which the tensor cores of a multiprocessor do 2048 a cycle: 2816 cycles a
+// Bytes a token and head: 2 (2K + V) read (q and k again for each part where V is split), 4 V (or 2 V,
+// bfloat16) written; 8 K V a row and head. K = V = 128 and bfloat16 out: 1 KiB a token and head, so 8 rows of
+// 2048 tokens with 16 heads are 285 MB: 66 us at 4.3 TB/s. Multiply-adds a chunk: 64 (3 K V + 2 64 K + 3 64
+// V) = 5.8 M for K = V = 128, of which the tensor cores of a multiprocessor do 2048 a cycle: 2816 cycles a
 // chunk, so 32 chunks take 51 us at 1.75 GHz; the chain alone (one consumer: 64 x 64 x (2 K + 64 2)) 640
-// cycles and its latencies.
+// cycles and its latencies. K = V = 256: each part makes T and P again, 64 64 (5 K + 3 64) = 6.0 M or 2944
+// cycles a chunk; 8 rows of 2048 tokens with 8 heads are 302 MB (70 us) and two parts a block (108 us).
 //
 // Measured (24 November 2026, one H200, CUDA graph of one call, us, float32 out / bfloat16 out; 16 heads of 128
 // unless said; delta_rule_cuda_bench):
@@ -49,9 +54,12 @@
 //   1 row of 8192      307 / 292      64 rows of 64               88 / 84      1 row of 2048    83 / 78
 //   1 row of 32768    1188 / 1136     32 ragged rows, 8913       155 / 145
 //   8 rows of 4096, 32 heads of 64                               280 / 254
+//   8 rows of 2048, 8 heads of 256                               228 / 217
 //
-// Token by token, 8 rows of 2048 take 2505. With one producer that both copied and made T and P, many rows took 151
-// / 142; with one warpgroup making all T, few rows took as long as now: what bounds those is not yet known.
+// Token by token, 8 rows of 2048 take 2505, with 8 heads of 256 7040. By chunks each of those takes 6000
+// cycles, half a stage's life, for there are two: some 3000 to copy, 5000 for T and 4000 with the consumer.
+// With one producer that both copied and made T and P, many rows took 151 / 142; with one warpgroup making
+// all T, few rows took as long as now: what bounds those is not yet known.
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
@@ -66,7 +74,6 @@ namespace deltanet {
 namespace {
 
 constexpr int kChunk = 64;            // C
-constexpr int kStages = 3;            // Of q, k, v.
 constexpr int kBlockBytes = 16 * 48;  // A 16x16 block of bfloat16, rows 48 bytes apart: no bank conflicts.
 constexpr int kOffDiagonal = 6;       // Blocks below the diagonal.
 
@@ -75,9 +82,12 @@ template <int kKeys, int kConsumers>
 struct Layout {
   static constexpr int kMakers = kConsumers == 1 ? 2 : 1;  // Producers that make a chunk's T or P.
   static constexpr int kTurns = kConsumers == 1 ? 2 : 1;   // Producers that make T, of chunks in turn.
-  // Of T (hi, lo) and P. A maker waits for its slot before T's last steps, which take longer than a consumer's
-  // chunk: with two slots and one consumer those steps would be part of the chain.
-  static constexpr int kSlots = kConsumers == 1 ? 3 : 2;
+  static constexpr bool kWide = kKeys > 128;  // Memory and registers are short.
+  static constexpr int kStages = kWide ? 2 : 3;  // Of q, k, v.
+  // Of T (hi, lo) and P. A maker waits for its slot before T's last steps, which take longer than a
+  // consumer's chunk: with two slots and one consumer those steps would be part of the chain. (Wide: there is
+  // no room for a third.)
+  static constexpr int kSlots = kConsumers == 1 && !kWide ? 3 : 2;
   static constexpr int kThreads = 512;
   static constexpr int kKeyTiles = kKeys / 64;
   static constexpr int kStageBytes = (2 * kKeyTiles + kConsumers) * kTileBytes;  // q, k, v
@@ -189,7 +199,7 @@ __device__ void CopyChunk(const DeltaRuleArgs& args, const Walk& walk, int chunk
   const int64_t token = walk.begin + int64_t{chunk} * kChunk;
   const auto copy = [&](const void* from, int64_t first_column, auto pieces, uint32_t to) {
     constexpr int kPieces = decltype(pieces)::value;
-    constexpr int kStep = 128 / kPieces;  // Tokens; a multiple of 8, so the swizzle is the same for all.
+    constexpr int kStep = 128 / kPieces;  // Tokens; the swizzle is the same for all or (4) differs by a bit.
     const int piece = thread % kPieces, row = thread / kPieces;
     const __nv_bfloat16* source = static_cast<const __nv_bfloat16*>(from) +
                                   (token + row) * args.token_stride + first_column + piece * 8;
@@ -197,7 +207,7 @@ __device__ void CopyChunk(const DeltaRuleArgs& args, const Walk& walk, int chunk
 #pragma unroll
     for (int i = 0; i < kChunk / kStep; ++i) {
       const bool there = row + i * kStep < left;
-      CopyAsync16(to + i * kStep * 128, there ? source : from, there);
+      CopyAsync16((to + i * kStep * 128) ^ (i * kStep % 8 << 4), there ? source : from, there);
       source += kStep * args.token_stride;
     }
   };
@@ -407,7 +417,7 @@ __device__ void CopyOnly(const Problem& problem, Walk walk, unsigned char* memor
   const uint32_t base = SharedAddress(memory);
   const DeltaRuleArgs& args = problem.args;
   Clocks clocks;
-  Ring<kStages> stage, last;  // Of the chunk in hand; of the one that is on its way.
+  Ring<L::kStages> stage, last;  // Of the chunk in hand; of the one that is on its way.
   float last_beta = 0;
   bool underway = false;
   const auto arrived = [&] {
@@ -475,7 +485,7 @@ __device__ void Produce(const Problem& problem, Walk walk, unsigned char* memory
     chunks = (walk.tokens + kChunk - 1) / kChunk;
     return true;
   };
-  Ring<kStages> copied;
+  Ring<L::kStages> copied;
   float next_beta = 0;
   Clocks clocks;
   const auto copy = [&] {
@@ -493,7 +503,7 @@ __device__ void Produce(const Problem& problem, Walk walk, unsigned char* memory
   };
 
   constexpr int kTurns = kCopy ? 1 : L::kTurns;
-  Ring<kStages> stage;
+  Ring<L::kStages> stage;
   Ring<L::kSlots> slot;
   bool more = next_chunk();
   for (int i = 0; i < turn; ++i) {
@@ -552,10 +562,12 @@ __device__ void Produce(const Problem& problem, Walk walk, unsigned char* memory
       clocks.Mark(5);
       RoundLowerTriangle(g, p, warp, lane);
     }
-    if (kCopy && more && !ahead) {
+    const auto copy_next = [&] {
+      if (!more || ahead) return;
       copy();
       CopyAsyncCommit();
-    }
+    };
+    if (kCopy && !L::kWide) copy_next();
     if constexpr (kT) InvertDiagonal(diagonal, lane);
     clocks.Mark(6);
     BarrierWait(base + L::SlotFree(slot.at), slot.parity ^ 1);
@@ -569,6 +581,8 @@ __device__ void Produce(const Problem& problem, Walk walk, unsigned char* memory
     FenceAsyncProxy();
     BarrierArrive(base + L::Ready(slot.at));
     if (!kCopy) NamedBarrier(1 + kConsumers + turn, 128);
+    // The next of two stages is free once the consumer is done with the chunk before, and then it wants P.
+    if (kCopy && L::kWide) copy_next();
     clocks.Mark(9);
     for (int i = 0; i < kTurns; ++i) {
       stage.Next();
@@ -589,7 +603,7 @@ __device__ void Consume(const Problem& problem, Walk walk, unsigned char* memory
   constexpr int V = kKeys;
   const int64_t width = args.heads * V;
 
-  Ring<kStages> stage;
+  Ring<L::kStages> stage;
   Ring<L::kSlots> slot;
   const auto before = [&] { return slot.at > 0 ? slot.at - 1 : L::kSlots - 1; };  // The last chunk's slot.
   Clocks clocks;
@@ -650,12 +664,14 @@ __device__ void Consume(const Problem& problem, Walk walk, unsigned char* memory
       if (lane == 0) BarrierArrive(base + L::SlotFree(at));
     };
 
-    uint32_t s_operand[kKeys / 16][4];
-    const auto round_s = [&] {
+    uint32_t s_operand[L::kWide ? 1 : kKeys / 16][4];
+    const auto round_s = [&](int from, int to) {  // Of 16 columns of S^T each.
 #pragma unroll
-      for (int i = 0; i < kKeys / 4; ++i) s_operand[i / 4][i % 4] = PackBfloat16(s[2 * i], s[2 * i + 1]);
+      for (int i = 4 * from; i < 4 * to; ++i) {
+        s_operand[i / 4 - from][i % 4] = PackBfloat16(s[2 * i], s[2 * i + 1]);
+      }
     };
-    round_s();
+    if constexpr (!L::kWide) round_s(0, kKeys / 16);
 
     const int chunks = (walk.tokens + kChunk - 1) / kChunk;
     for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -670,12 +686,24 @@ __device__ void Consume(const Problem& problem, Walk walk, unsigned char* memory
       const uint32_t t_rows = TileByRows(base + L::kSlot + slot.at * L::kSlotBytes);  // T hi, T lo, P
 
       float x[32];
-      AsyncProductsBegin();
+      if constexpr (L::kWide) {  // S^T K^T and S^T Q^T
 #pragma unroll
-      for (int i = 0; i < kKeys / 16; ++i) {  // S^T K^T
-        AsyncProduct<64, false>(x, s_operand[i], Further(k_rows, i / 4 * kTileBytes + i % 4 * 32), i > 0);
+        for (int i = 0; i < kKeys / 16; ++i) {
+          if (i > 0) AsyncProductsWait<1>();  // Or there would be more operands than registers.
+          round_s(i, i + 1);
+          AsyncProductsBegin();
+          AsyncProduct<64, false>(x, s_operand[0], Further(k_rows, i / 4 * kTileBytes + i % 4 * 32), i > 0);
+          AsyncProduct<64, false>(o, s_operand[0], Further(q_rows, i / 4 * kTileBytes + i % 4 * 32), i > 0);
+          AsyncProductsEnd();
+        }
+      } else {
+        AsyncProductsBegin();
+#pragma unroll
+        for (int i = 0; i < kKeys / 16; ++i) {  // S^T K^T
+          AsyncProduct<64, false>(x, s_operand[i], Further(k_rows, i / 4 * kTileBytes + i % 4 * 32), i > 0);
+        }
+        AsyncProductsEnd();
       }
-      AsyncProductsEnd();
 
       uint32_t operand[4][4];  // V^T, then X^T, then U^T.
 #pragma unroll
@@ -683,17 +711,19 @@ __device__ void Consume(const Problem& problem, Walk walk, unsigned char* memory
         LoadMatricesTransposed(operand[i],
                                v_tile + InTile(16 * i + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2));
       }
-      if (chunk > 0) store_out(chunk - 1, before());
-      AsyncProductsBegin();
+      if constexpr (!L::kWide) {
+        if (chunk > 0) store_out(chunk - 1, before());
+        AsyncProductsBegin();
 #pragma unroll
-      for (int i = 0; i < kKeys / 16; ++i) {  // S^T Q^T
-        AsyncProduct<64, false>(o, s_operand[i], Further(q_rows, i / 4 * kTileBytes + i % 4 * 32), i > 0);
+        for (int i = 0; i < kKeys / 16; ++i) {  // S^T Q^T
+          AsyncProduct<64, false>(o, s_operand[i], Further(q_rows, i / 4 * kTileBytes + i % 4 * 32), i > 0);
+        }
+        AsyncProductsEnd();
       }
-      AsyncProductsEnd();
 
       clocks.Mark(2);
       // With two consumers the other one's products fill the gap, and registers are short.
-      AsyncProductsWait<kConsumers == 1 ? 1 : 0>();
+      AsyncProductsWait<kConsumers == 1 && !L::kWide ? 1 : 0>();
       Pin(x);
       clocks.Mark(3);
 #pragma unroll
@@ -714,31 +744,55 @@ __device__ void Consume(const Problem& problem, Walk walk, unsigned char* memory
       clocks.Mark(5);
 #pragma unroll
       for (int i = 0; i < 16; ++i) operand[i / 4][i % 4] = PackBfloat16(x[2 * i], x[2 * i + 1]);
+      const auto update_s = [&] {  // S^T += U^T K
+        constexpr int kColumns = std::min(kKeys, 128);  // ptxas refuses 256 for want of registers.
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+#pragma unroll
+          for (int at = 0; at < kKeys; at += kColumns) {
+            AsyncProduct<kColumns, true>(s + at / 2, operand[i],
+                                         Further(k_columns, at / 64 * kTileBytes + i * 16 * 128), true);
+          }
+        }
+        AsyncProductsEnd();
+      };
+      const auto update_o = [&] {  // O^T += U^T P^T
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          AsyncProduct<64, false>(o, operand[i], Further(t_rows, 2 * kTileBytes + i * 32), true);
+        }
+        AsyncProductsEnd();
+      };
       AsyncProductsBegin();
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {  // S^T += U^T K
-        AsyncProduct<kKeys, true>(s, operand[i], Further(k_columns, i * 16 * 128), true);
+      if constexpr (L::kWide) {
+        update_o();
+        update_s();
+        clocks.Mark(6);
+        AsyncProductsWait<1>();
+        Pin(o);
+        store_out(chunk, slot.at);
+        clocks.Mark(7);
+        AsyncProductsWait<0>();
+        Pin(s);
+        if (lane == 0) BarrierArrive(base + L::StageFree(stage.at));
+      } else {
+        update_s();
+        update_o();
+        clocks.Mark(6);
+        AsyncProductsWait<1>();
+        Pin(s);
+        clocks.Mark(7);
+        if (lane == 0) BarrierArrive(base + L::StageFree(stage.at));
+        round_s(0, kKeys / 16);
+        // Nothing is left pending over the loop's end: there the compiler would make every product wait.
+        AsyncProductsWait<0>();
+        Pin(o);
       }
-      AsyncProductsEnd();
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {  // O^T += U^T P^T
-        AsyncProduct<64, false>(o, operand[i], Further(t_rows, 2 * kTileBytes + i * 32), true);
-      }
-      AsyncProductsEnd();
-      clocks.Mark(6);
-      AsyncProductsWait<1>();
-      Pin(s);
-      clocks.Mark(7);
-      if (lane == 0) BarrierArrive(base + L::StageFree(stage.at));
-      round_s();
-      // Nothing is left pending over the loop's end: there the compiler would make every product wait.
-      AsyncProductsWait<0>();
-      Pin(o);
       clocks.Mark(8);
       stage.Next();
       slot.Next();
     }
-    store_out(chunks - 1, before());
+    if constexpr (!L::kWide) store_out(chunks - 1, before());
 
     float* const to = args.state.at(problem.rows.work_slot[walk.row]) + in_slot + 2 * q * V;
     bool finite = true;
@@ -765,7 +819,7 @@ __global__ void __launch_bounds__(Layout<kKeys, kConsumers>::kThreads, 1)
   const uint32_t base = SharedAddress(memory);
   const int thread = threadIdx.x;
   if (thread == 0) {
-    for (int i = 0; i < kStages; ++i) {
+    for (int i = 0; i < L::kStages; ++i) {
       BarrierInit(base + L::Loaded(i), 128);
       BarrierInit(base + L::StageFree(i), 4 * kConsumers);
     }
@@ -785,14 +839,14 @@ __global__ void __launch_bounds__(Layout<kKeys, kConsumers>::kThreads, 1)
 
   const int group = __shfl_sync(0xffffffffu, thread / 128, 0);
   if (group < kConsumers) {
-    MoreRegisters<kConsumers == 1 ? 208 : 192>();
+    MoreRegisters<L::kWide ? 240 : kConsumers == 1 ? 208 : 192>();
     Consume<L, kKeys, kConsumers, kNarrow>(problem, walk, memory, group, thread % 128);
   } else if constexpr (kConsumers == 1) {
     if (group < 3) {
-      FewerRegisters<112>();
+      FewerRegisters<L::kWide ? 88 : 112>();
       Produce<L, kKeys, kConsumers, false, true, false>(problem, walk, memory, group - 1, thread % 128);
     } else {
-      FewerRegisters<80>();
+      FewerRegisters<L::kWide ? 88 : 80>();
       Produce<L, kKeys, kConsumers, true, false, true>(problem, walk, memory, 0, thread % 128);
     }
   } else if (group == kConsumers) {
@@ -840,8 +894,8 @@ int64_t DeltaRuleChunkCudaBlocks(int device, DType dtype, int64_t key_dim, int64
   };
   const bool hopper =
       get(cudaDevAttrComputeCapabilityMajor) == 9 && get(cudaDevAttrComputeCapabilityMinor) == 0;
-  const bool has_kernel =
-      dtype == DType::kBFloat16 && key_dim == value_dim && (key_dim == 64 || key_dim == 128);
+  const bool has_kernel = dtype == DType::kBFloat16 && key_dim == value_dim &&
+                          (key_dim == 64 || key_dim == 128 || key_dim == 256);
   return hopper && has_kernel ? get(cudaDevAttrMultiProcessorCount) : 0;
 }
 
@@ -855,6 +909,7 @@ bool DeltaRuleChunkCudaTakes(const DeltaRuleArgs& args) {
 absl::Status DeltaRuleChunkCuda(const RaggedRows& rows, const DeltaRuleArgs& args, void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   if (args.key_dim == 64) return Launch<64, 1>(rows, args, cuda_stream);
+  if (args.key_dim == 256) return Launch<256, 1>(rows, args, cuda_stream);
   return rows.chunks.parts == 2 ? Launch<128, 1>(rows, args, cuda_stream)
                                 : Launch<128, 2>(rows, args, cuda_stream);
 }
