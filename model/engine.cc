@@ -212,7 +212,7 @@ struct Staging {
     const int64_t ids_at = layout.Take(config.takes_tokens() ? tokens : 0, DType::kInt64);
     const int64_t long_rows = std::min(rows, tokens / (kDeltaRuleFewTokens + 1));
     const int64_t plan_size =
-        chunk_blocks > 0 ? MaxChunkPlanSize(long_rows, weights.heads, chunk_blocks) : 0;
+        chunk_blocks > 0 ? MaxChunkPlanSize(long_rows, weights.heads, weights.value_dim, chunk_blocks) : 0;
     const StepShape largest{.rows = rows, .tokens = tokens, .outputs = values, .reads = positions};
     const int64_t rows_at =
         layout.TakeBytes(RowsLayout(largest).plan_at + plan_size * static_cast<int64_t>(sizeof(int32_t)));

@@ -96,14 +96,16 @@ __device__ inline void NamedBarrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Queues the copy of the tile at (row, column) of a map, in constant or parameter memory, counted on
-// `barrier`.
-__device__ inline void CopyTile(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier) {
+// Queues the copy of a box of a map [tiles, rows, 64], from its row `row` and tile `tile` on, counted on
+// `barrier`: `bytes`, the box's. The map is in parameter memory.
+__device__ inline void CopyTileBox(uint32_t to, const CUtensorMap* map, int row, int tile, uint32_t barrier,
+                                   uint32_t bytes) {
+  BarrierExpect(barrier, bytes);
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
-      "%4}], "
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, "
+      "%5}], "
       "[%2];" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(column), "r"(row)
+      "l"(map), "r"(barrier), "r"(0), "r"(row), "r"(tile)
       : "memory");
 }
 // Queues a copy of 16 bytes to shared memory, or of 16 zeros if not `there`.

@@ -18,10 +18,15 @@
 //
 // S^T stays in float32 accumulators for the row's whole length; the products are asynchronous (wgmma), Q S
 // and P U running while the chain rounds its operands. Producers run ahead: they copy the next chunk
-// (cp.async, 3 stages of q, k, v) and make T and P (2 or 3 slots) of a chunk while the consumers are at the
-// one before. With two consumers (V = 128) one producer copies and the other makes T and P; with one consumer
-// (V = 64, or V = 128 split over two blocks, when there are fewer rows and heads than half the
-// multiprocessors) two make T, of chunks in turn, and the third copies and makes P.
+// (bulk copies of tiles, 2 or 3 stages of q, k, v) and make T and P (2 or 3 slots) of a chunk while the
+// consumers are at the one before. With two consumers (V = 128) one producer makes T and the other copies and
+// makes P; with one consumer (V = 64, V = 256 split over four blocks, or V = 128 split over two, when there
+// are fewer rows and heads than half the multiprocessors) two make T, of chunks in turn, and the third copies
+// and makes P.
+//
+// With K = 256 S^T takes 128 of a thread's 240 registers and a stage 72 KiB. So S^T is rounded 16 columns at
+// a time, on its way into S^T K^T and S^T Q^T, which go side by side; and U^T P^T comes before U^T K, so that
+// the output is stored while S^T is updated.
 //
 // T, on a warpgroup whose warp w has rows 16w to 16w+15 of A: each warp inverts its diagonal 16x16 block by
 // substitution in float32, a lane a column. Then warp j goes down block column j in registers,
@@ -35,12 +40,13 @@
 // with every value stored in bfloat16, and 1.3 to 1.7 times that of the definition with float32 state whose
 // operands alone are rounded, for keys that are not nearly equal.
 //
-// Bytes a token and head: 2 (2K + V) read (q and k once more where V is split), 4 V (or 2 V, bfloat16)
-// written; 8 K V a row and head. K = V = 128 and bfloat16 out: 1 KiB a token and head, so 8 rows of 2048
-// tokens with 16 heads are 285 MB: 66 us at 4.3 TB/s. Multiply-adds a chunk: 64 (3 K V + 2 64 K + 3 64 V)
-// = 5.8 M for K = V = 128, of which the tensor cores of a multiprocessor do 2048 a cycle: 2816 cycles a
+// Bytes a token and head: 2 (2K + V) read (q and k again for each part where V is split), 4 V (or 2 V,
+// bfloat16) written; 8 K V a row and head. K = V = 128 and bfloat16 out: 1 KiB a token and head, so 8 rows of
+// 2048 tokens with 16 heads are 285 MB: 66 us at 4.3 TB/s. Multiply-adds a chunk: 64 (3 K V + 2 64 K + 3 64
+// V) = 5.8 M for K = V = 128, of which the tensor cores of a multiprocessor do 2048 a cycle: 2816 cycles a
 // chunk, so 32 chunks take 51 us at 1.75 GHz; the chain alone (one consumer: 64 x 64 x (2 K + 64 2)) 640
-// cycles and its latencies.
+// cycles and its latencies. K = V = 256: each part makes T and P again, 64 64 (5 K + 3 64) = 6.0 M or 2944
+// cycles a chunk; 8 rows of 2048 tokens with 8 heads are 302 MB (70 us) and two parts a block (108 us).
 //
 // Measured (24 November 2026, one H200, CUDA graph of one call, us, float32 out / bfloat16 out; 16 heads of
 // 128 unless said; delta_rule_cuda_bench):
@@ -49,10 +55,12 @@
 //   1 row of 8192      307 / 292      64 rows of 64               88 / 84      1 row of 2048    83 / 78
 //   1 row of 32768    1188 / 1136     32 ragged rows, 8913       155 / 145
 //   8 rows of 4096, 32 heads of 64                               280 / 254
+//   8 rows of 2048, 8 heads of 256                               228 / 217
 //
-// Token by token, 8 rows of 2048 take 2505. With one producer that both copied and made T and P, many rows
-// took 151 / 142; with one warpgroup making all T, few rows took as long as now: what bounds those is not yet
-// known.
+// Token by token, 8 rows of 2048 take 2505, with 8 heads of 256 7040. By chunks each of those takes 6000
+// cycles, half a stage's life, for there are two: some 3000 to copy, 5000 for T and 4000 with the consumer.
+// With one producer that both copied and made T and P, many rows took 151 / 142; with one warpgroup making
+// all T, few rows took as long as now: what bounds those is not yet known.
 #include <cuda.h>
 
 #include <algorithm>
@@ -70,7 +78,6 @@ namespace deltanet {
 namespace {
 
 constexpr int kChunk = 64;            // C
-constexpr int kStages = 3;            // Of q, k, v.
 constexpr int kBlockBytes = 16 * 48;  // A 16x16 block of bfloat16, rows 48 bytes apart: no bank conflicts.
 constexpr int kOffDiagonal = 6;       // Blocks below the diagonal.
 
@@ -79,21 +86,26 @@ template <int kKeys, int kConsumers>
 struct Layout {
   static constexpr int kMakers = 2;                       // Producers that make a chunk's T or P.
   static constexpr int kTurns = kConsumers == 1 ? 2 : 1;  // Producers that make T, of chunks in turn.
+  static constexpr bool kWide = kKeys > 128;              // Memory and registers are short.
+  static constexpr int kStages = kWide ? 2 : 3;           // Of q, k, v.
   // Of T (hi, lo) and P. A maker waits for its slot before T's last steps, which take longer than a
-  // consumer's chunk: with two slots and one consumer those steps would be part of the chain.
-  static constexpr int kSlots = kConsumers == 1 ? 3 : 2;
+  // consumer's chunk: with two slots and one consumer those steps would be part of the chain. (Wide: there is
+  // no room for a third.)
+  static constexpr int kSlots = kConsumers == 1 && !kWide ? 3 : 2;
   static constexpr int kThreads = 512;
+  // Of a thread, 512 in all four warpgroups.
+  static constexpr int kConsumerRegisters = kWide ? 240 : kConsumers == 1 ? 208 : 192;
+  static constexpr int kMakerRegisters = kWide ? 88 : kConsumers == 1 ? 112 : 64;  // Of T.
+  static constexpr int kCopierRegisters = kWide ? 88 : kConsumers == 1 ? 80 : 64;
   static constexpr int kKeyTiles = kKeys / 64;
   static constexpr int kStageBytes = (2 * kKeyTiles + kConsumers) * kTileBytes;  // q, k, v
   static constexpr int kSlotBytes = 3 * kTileBytes;                              // T hi, T lo, P
 
   static constexpr int kStage = 0;
   static constexpr int kSlot = kStage + kStages * kStageBytes;
-  // Outputs on their way to memory, a tile a consumer. One consumer uses the slot's P instead.
-  static constexpr int kOut = kSlot + kSlots * kSlotBytes;
   // A below the diagonal: block (i, k) is number i (i - 1) / 2 + k, its hi before its lo.
   // One such, and what follows it, for each of kTurns.
-  static constexpr int kBlocks = kOut + (kConsumers > 1 ? kConsumers * kTileBytes : 0);
+  static constexpr int kBlocks = kSlot + kSlots * kSlotBytes;
   // Of each warp, the diagonal block: first -A^T in float32, rows 20 floats apart, then T^T, hi and lo.
   static constexpr int kDiagonal = kBlocks + kOffDiagonal * 2 * kBlockBytes;
   static constexpr int kTurnBytes = (kOffDiagonal + 4) * 2 * kBlockBytes;
@@ -124,7 +136,7 @@ struct Ring {
 struct Problem {
   RaggedRows rows;
   DeltaRuleArgs args;
-  CUtensorMap q, k, v;  // Of all tokens by all channels, in tiles of 64 by 64.
+  CUtensorMap q, k, v;  // [columns / 64, tokens, 64], a box of them a copy.
 };
 
 // With DELTANET_DELTA_RULE_CLOCKS defined, where the cycles of each warpgroup of block 0 went.
@@ -183,26 +195,19 @@ struct Walk {
   }
 };
 
-// Queues the copy of a chunk of kChunk tokens to a stage, on whose barrier `loaded` it counts its bytes. One
-// thread.
+// Queues the copy of a chunk of kChunk tokens to a stage, on whose barrier `loaded` it counts its bytes. The
+// first lanes of three warps queue a part each, for a warp takes its time over one.
 template <typename L, int kKeys, int kConsumers>
 __device__ void CopyTiles(const Problem& problem, const Walk& walk, int chunk, uint32_t stage,
-                          uint32_t loaded) {
+                          uint32_t loaded, int thread) {
   const int token = static_cast<int>(walk.begin) + chunk * kChunk;
-  const int column = walk.head * kKeys;
-  BarrierExpect(loaded, L::kStageBytes);
-#pragma unroll
-  for (int i = 0; i < L::kKeyTiles; ++i) {
-    CopyTile(stage + (L::kKeyTiles + i) * kTileBytes, &problem.k, column + 64 * i, token, loaded);
-  }
-#pragma unroll
-  for (int i = 0; i < L::kKeyTiles; ++i) {
-    CopyTile(stage + i * kTileBytes, &problem.q, column + 64 * i, token, loaded);
-  }
-#pragma unroll
-  for (int i = 0; i < kConsumers; ++i) {
-    CopyTile(stage + (2 * L::kKeyTiles + i) * kTileBytes, &problem.v,
-             column + (walk.part * kConsumers + i) * 64, token, loaded);
+  const int tile = walk.head * L::kKeyTiles;
+  constexpr int kKeysBytes = L::kKeyTiles * kTileBytes;
+  if (thread == 0) CopyTileBox(stage + kKeysBytes, &problem.k, token, tile, loaded, kKeysBytes);
+  if (thread == 32) CopyTileBox(stage, &problem.q, token, tile, loaded, kKeysBytes);
+  if (thread == 64) {
+    CopyTileBox(stage + 2 * kKeysBytes, &problem.v, token, tile + walk.part * kConsumers, loaded,
+                kConsumers * kTileBytes);
   }
 }
 
@@ -215,7 +220,7 @@ __device__ void CopyTokens(const DeltaRuleArgs& args, const Walk& walk, int chun
   const int64_t token = walk.begin + int64_t{chunk} * kChunk;
   const auto copy = [&](const void* from, int64_t first_column, auto pieces, uint32_t to) {
     constexpr int kPieces = decltype(pieces)::value;
-    constexpr int kStep = 128 / kPieces;  // Tokens; a multiple of 8, so the swizzle is the same for all.
+    constexpr int kStep = 128 / kPieces;  // Tokens; the swizzle is the same for all or (4) differs by a bit.
     const int piece = thread % kPieces, row = thread / kPieces;
     const __nv_bfloat16* source = static_cast<const __nv_bfloat16*>(from) +
                                   (token + row) * args.token_stride + first_column + piece * 8;
@@ -223,7 +228,7 @@ __device__ void CopyTokens(const DeltaRuleArgs& args, const Walk& walk, int chun
 #pragma unroll
     for (int i = 0; i < kChunk / kStep; ++i) {
       const bool there = row + i * kStep < left;
-      CopyAsync16(to + i * kStep * 128, there ? source : from, there);
+      CopyAsync16((to + i * kStep * 128) ^ (i * kStep % 8 << 4), there ? source : from, there);
       source += kStep * args.token_stride;
     }
   };
@@ -444,7 +449,7 @@ __device__ void Produce(const Problem& problem, Walk walk, unsigned char* memory
     chunks = (walk.tokens + kChunk - 1) / kChunk;
     return true;
   };
-  Ring<kStages> copied;
+  Ring<L::kStages> copied;
   __nv_bfloat16 next_beta = FromFloat<__nv_bfloat16>(0);  // As it came: nobody waits for it here.
   Clocks clocks;
   const auto copy = [&] {
@@ -454,13 +459,13 @@ __device__ void Produce(const Problem& problem, Walk walk, unsigned char* memory
     const uint32_t to = base + L::kStage + copied.at * L::kStageBytes;
     if (walk.tokens - chunk * kChunk < kChunk) {
       CopyTokens<L, kKeys, kConsumers>(args, walk, chunk, to, thread);
-    } else if (thread == 0) {
-      CopyTiles<L, kKeys, kConsumers>(problem, walk, chunk, to, base + L::Loaded(copied.at));
+    } else {
+      CopyTiles<L, kKeys, kConsumers>(problem, walk, chunk, to, base + L::Loaded(copied.at), thread);
     }
     const int token = chunk * kChunk + thread;
     if (thread < kChunk && token < walk.tokens) {
-      next_beta = static_cast<const __nv_bfloat16*>(
-          args.beta)[(walk.begin + token) * args.token_stride + walk.head];
+      next_beta =
+          static_cast<const __nv_bfloat16*>(args.beta)[(walk.begin + token) * args.token_stride + walk.head];
     } else {
       next_beta = FromFloat<__nv_bfloat16>(0);
     }
@@ -469,7 +474,7 @@ __device__ void Produce(const Problem& problem, Walk walk, unsigned char* memory
   };
 
   constexpr int kTurns = kCopy ? 1 : L::kTurns;
-  Ring<kStages> stage;
+  Ring<L::kStages> stage;
   Ring<L::kSlots> slot;
   bool more = next_chunk();
   for (int i = 0; i < turn; ++i) {
@@ -528,10 +533,12 @@ __device__ void Produce(const Problem& problem, Walk walk, unsigned char* memory
       clocks.Mark(5);
       RoundLowerTriangle(g, p, warp, lane);
     }
-    if (kCopy && more && !ahead) {
+    const auto copy_next = [&] {
+      if (!more || ahead) return;
       copy();
       CopyAsyncCommit();
-    }
+    };
+    if (kCopy && !L::kWide) copy_next();
     if constexpr (kT) InvertDiagonal(diagonal, lane);
     clocks.Mark(6);
     BarrierWait(base + L::SlotFree(slot.at), slot.parity ^ 1);
@@ -545,6 +552,8 @@ __device__ void Produce(const Problem& problem, Walk walk, unsigned char* memory
     FenceAsyncProxy();
     BarrierArrive(base + L::Ready(slot.at));
     if (!kCopy) NamedBarrier(1 + kConsumers + turn, 128);
+    // The next of two stages is free once the consumer is done with the chunk before, and then it wants P.
+    if (kCopy && L::kWide) copy_next();
     clocks.Mark(9);
     for (int i = 0; i < kTurns; ++i) {
       stage.Next();
@@ -565,9 +574,8 @@ __device__ void Consume(const Problem& problem, Walk walk, unsigned char* memory
   constexpr int V = kKeys;
   const int64_t width = args.heads * V;
 
-  Ring<kStages> stage;
+  Ring<L::kStages> stage;
   Ring<L::kSlots> slot;
-  const auto before = [&] { return slot.at > 0 ? slot.at - 1 : L::kSlots - 1; };  // The last chunk's slot.
   Clocks clocks;
   while (walk.Next()) {
     const int column = walk.head * V + (walk.part * kConsumers + group) * 64;  // In [H, V].
@@ -583,25 +591,24 @@ __device__ void Consume(const Problem& problem, Walk walk, unsigned char* memory
       for (int i = 0; i < kKeys / 2; ++i) s[i] = from[(i / 4 * 8 + i % 2) * V + i / 2 % 2 * 8];
     }
 
-    float o[32];  // O^T of a chunk, which is stored while the next one is worked on.
-    const auto store_out = [&](int chunk, int at) {
+    float o[32];          // O^T of a chunk, which is stored while the next one is worked on.
+    uint32_t v_tile = 0;  // Of the chunk in hand. Once v is in registers, outputs go through it.
+    const auto store_out = [&](int chunk) {
       const int64_t token = walk.begin + int64_t{chunk} * kChunk;
       const int left = walk.tokens - chunk * kChunk;
       if constexpr (kNarrow) {
-        const uint32_t tile = kConsumers > 1 ? base + L::kOut + group * kTileBytes
-                                             : base + L::kSlot + at * L::kSlotBytes + 2 * kTileBytes;
         NamedBarrier(1 + group, 128);  // All four warps are done with what was there.
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float* const x = o + 8 * i;
-          StoreMatricesTransposed(tile + InTile(16 * i + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2),
+          StoreMatricesTransposed(v_tile + InTile(16 * i + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2),
                                   PackBfloat16(args.scale * x[0], args.scale * x[1]),
                                   PackBfloat16(args.scale * x[2], args.scale * x[3]),
                                   PackBfloat16(args.scale * x[4], args.scale * x[5]),
                                   PackBfloat16(args.scale * x[6], args.scale * x[7]));
         }
         NamedBarrier(1 + group, 128);
-        const unsigned char* const from = memory + (tile - base) + InTile(thread / 8, thread % 8);
+        const unsigned char* const from = memory + (v_tile - base) + InTile(thread / 8, thread % 8);
         __nv_bfloat16* to = static_cast<__nv_bfloat16*>(args.out_bfloat16) + (token + thread / 8) * width +
                             column + thread % 8 * 8;
 #pragma unroll
@@ -622,15 +629,20 @@ __device__ void Consume(const Problem& problem, Walk walk, unsigned char* memory
           to += 8 * width;
         }
       }
-      BarrierArrive(base + L::SlotFree(at));
+    };
+    const auto free_stage = [&] {
+      if (kNarrow) FenceAsyncProxy();  // The next copy goes where outputs went.
+      BarrierArrive(base + L::StageFree(stage.at));
     };
 
-    uint32_t s_operand[kKeys / 16][4];
-    const auto round_s = [&] {
+    uint32_t s_operand[L::kWide ? 1 : kKeys / 16][4];
+    const auto round_s = [&](int from, int to) {  // Of 16 columns of S^T each.
 #pragma unroll
-      for (int i = 0; i < kKeys / 4; ++i) s_operand[i / 4][i % 4] = PackBfloat16(s[2 * i], s[2 * i + 1]);
+      for (int i = 4 * from; i < 4 * to; ++i) {
+        s_operand[i / 4 - from][i % 4] = PackBfloat16(s[2 * i], s[2 * i + 1]);
+      }
     };
-    round_s();
+    if constexpr (!L::kWide) round_s(0, kKeys / 16);
 
     const int chunks = (walk.tokens + kChunk - 1) / kChunk;
     for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -639,18 +651,30 @@ __device__ void Consume(const Problem& problem, Walk walk, unsigned char* memory
       clocks.Mark(1);
       const uint32_t q_tiles = base + L::kStage + stage.at * L::kStageBytes;
       const uint32_t k_tiles = q_tiles + L::kKeyTiles * kTileBytes;
-      const uint32_t v_tile = k_tiles + (L::kKeyTiles + group) * kTileBytes;
+      v_tile = k_tiles + (L::kKeyTiles + group) * kTileBytes;
       const uint32_t q_rows = TileByRows(q_tiles), k_rows = TileByRows(k_tiles);
       const uint32_t k_columns = TileByColumns(k_tiles);
       const uint32_t t_rows = TileByRows(base + L::kSlot + slot.at * L::kSlotBytes);  // T hi, T lo, P
 
       float x[32];
-      AsyncProductsBegin();
+      if constexpr (L::kWide) {  // S^T K^T and S^T Q^T
 #pragma unroll
-      for (int i = 0; i < kKeys / 16; ++i) {  // S^T K^T
-        AsyncProduct<64, false>(x, s_operand[i], Further(k_rows, i / 4 * kTileBytes + i % 4 * 32), i > 0);
+        for (int i = 0; i < kKeys / 16; ++i) {
+          if (i > 0) AsyncProductsWait<1>();  // Or there would be more operands than registers.
+          round_s(i, i + 1);
+          AsyncProductsBegin();
+          AsyncProduct<64, false>(x, s_operand[0], Further(k_rows, i / 4 * kTileBytes + i % 4 * 32), i > 0);
+          AsyncProduct<64, false>(o, s_operand[0], Further(q_rows, i / 4 * kTileBytes + i % 4 * 32), i > 0);
+          AsyncProductsEnd();
+        }
+      } else {
+        AsyncProductsBegin();
+#pragma unroll
+        for (int i = 0; i < kKeys / 16; ++i) {  // S^T K^T
+          AsyncProduct<64, false>(x, s_operand[i], Further(k_rows, i / 4 * kTileBytes + i % 4 * 32), i > 0);
+        }
+        AsyncProductsEnd();
       }
-      AsyncProductsEnd();
 
       uint32_t operand[4][4];  // V^T, then X^T, then U^T.
 #pragma unroll
@@ -658,17 +682,19 @@ __device__ void Consume(const Problem& problem, Walk walk, unsigned char* memory
         LoadMatricesTransposed(operand[i],
                                v_tile + InTile(16 * i + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2));
       }
-      if (chunk > 0) store_out(chunk - 1, before());
-      AsyncProductsBegin();
+      if constexpr (!L::kWide) {
+        if (chunk > 0) store_out(chunk - 1);
+        AsyncProductsBegin();
 #pragma unroll
-      for (int i = 0; i < kKeys / 16; ++i) {  // S^T Q^T
-        AsyncProduct<64, false>(o, s_operand[i], Further(q_rows, i / 4 * kTileBytes + i % 4 * 32), i > 0);
+        for (int i = 0; i < kKeys / 16; ++i) {  // S^T Q^T
+          AsyncProduct<64, false>(o, s_operand[i], Further(q_rows, i / 4 * kTileBytes + i % 4 * 32), i > 0);
+        }
+        AsyncProductsEnd();
       }
-      AsyncProductsEnd();
 
       clocks.Mark(2);
       // With two consumers the other one's products fill the gap, and registers are short.
-      AsyncProductsWait<kConsumers == 1 ? 1 : 0>();
+      AsyncProductsWait<kConsumers == 1 && !L::kWide ? 1 : 0>();
       Pin(x);
       clocks.Mark(3);
 #pragma unroll
@@ -689,31 +715,59 @@ __device__ void Consume(const Problem& problem, Walk walk, unsigned char* memory
       clocks.Mark(5);
 #pragma unroll
       for (int i = 0; i < 16; ++i) operand[i / 4][i % 4] = PackBfloat16(x[2 * i], x[2 * i + 1]);
+      const auto update_s = [&] {                       // S^T += U^T K
+        constexpr int kColumns = std::min(kKeys, 128);  // ptxas refuses 256 for want of registers.
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+#pragma unroll
+          for (int at = 0; at < kKeys; at += kColumns) {
+            AsyncProduct<kColumns, true>(s + at / 2, operand[i],
+                                         Further(k_columns, at / 64 * kTileBytes + i * 16 * 128), true);
+          }
+        }
+        AsyncProductsEnd();
+      };
+      const auto update_o = [&] {  // O^T += U^T P^T
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          AsyncProduct<64, false>(o, operand[i], Further(t_rows, 2 * kTileBytes + i * 32), true);
+        }
+        AsyncProductsEnd();
+      };
       AsyncProductsBegin();
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {  // S^T += U^T K
-        AsyncProduct<kKeys, true>(s, operand[i], Further(k_columns, i * 16 * 128), true);
+      if constexpr (L::kWide) {
+        update_o();
+        update_s();
+        clocks.Mark(6);
+        AsyncProductsWait<1>();
+        Pin(o);
+        store_out(chunk);
+        clocks.Mark(7);
+        AsyncProductsWait<0>();
+        Pin(s);
+        free_stage();
+      } else {
+        update_s();
+        update_o();
+        clocks.Mark(6);
+        AsyncProductsWait<1>();
+        Pin(s);
+        clocks.Mark(7);
+        if (chunk + 1 < chunks) free_stage();
+        round_s(0, kKeys / 16);
+        // Nothing is left pending over the loop's end: there the compiler would make every product wait.
+        AsyncProductsWait<0>();
+        Pin(o);
+        if (chunk + 1 == chunks) {
+          store_out(chunk);
+          free_stage();
+        }
       }
-      AsyncProductsEnd();
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {  // O^T += U^T P^T
-        AsyncProduct<64, false>(o, operand[i], Further(t_rows, 2 * kTileBytes + i * 32), true);
-      }
-      AsyncProductsEnd();
-      clocks.Mark(6);
-      AsyncProductsWait<1>();
-      Pin(s);
-      clocks.Mark(7);
-      BarrierArrive(base + L::StageFree(stage.at));
-      round_s();
-      // Nothing is left pending over the loop's end: there the compiler would make every product wait.
-      AsyncProductsWait<0>();
-      Pin(o);
+      BarrierArrive(base + L::SlotFree(slot.at));
       clocks.Mark(8);
       stage.Next();
       slot.Next();
     }
-    store_out(chunks - 1, before());
 
     float* const to = args.state.at(problem.rows.work_slot[walk.row]) + in_slot + 2 * q * V;
     bool finite = true;
@@ -740,7 +794,7 @@ __global__ void __launch_bounds__(Layout<kKeys, kConsumers>::kThreads, 1)
   const uint32_t base = SharedAddress(memory);
   const int thread = threadIdx.x;
   if (thread == 0) {
-    for (int i = 0; i < kStages; ++i) {
+    for (int i = 0; i < L::kStages; ++i) {
       BarrierInit(base + L::Loaded(i), 128);
       BarrierInit(base + L::StageFree(i), 128 * kConsumers);
     }
@@ -760,24 +814,24 @@ __global__ void __launch_bounds__(Layout<kKeys, kConsumers>::kThreads, 1)
 
   const int group = __shfl_sync(0xffffffffu, thread / 128, 0);
   if (group < kConsumers) {
-    MoreRegisters<kConsumers == 1 ? 208 : 192>();
+    MoreRegisters<L::kConsumerRegisters>();
     Consume<L, kKeys, kConsumers, kNarrow>(problem, walk, memory, group, thread % 128);
   } else if (group < 3) {
-    FewerRegisters<kConsumers == 1 ? 112 : 64>();
+    FewerRegisters<L::kMakerRegisters>();
     Produce<L, kKeys, kConsumers, false, true, false>(problem, walk, memory, group - kConsumers,
                                                       thread % 128);
   } else {
-    FewerRegisters<kConsumers == 1 ? 80 : 64>();
+    FewerRegisters<L::kCopierRegisters>();
     Produce<L, kKeys, kConsumers, true, false, true>(problem, walk, memory, 0, thread % 128);
   }
   AwaitEarlierKernels();
 #endif
 }
 
-// A map of [tokens, columns] bfloat16, rows args.token_stride apart, in tiles of 64 x 64 as the products read
-// them.
+// A map of [tokens, columns] bfloat16, rows args.token_stride apart, as tiles of 64 x 64 for the products, of
+// which a copy takes `tiles` that are neighbours in a row.
 absl::Status MakeTileMap(const RaggedRows& rows, const DeltaRuleArgs& args, const void* from, int64_t columns,
-                         CUtensorMap* map) {
+                         int tiles, CUtensorMap* map) {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -788,11 +842,12 @@ absl::Status MakeTileMap(const RaggedRows& rows, const DeltaRuleArgs& args, cons
                : nullptr;
   }();
   if (encode == nullptr) return absl::InternalError("the driver has no cuTensorMapEncodeTiled, of CUDA 12.0");
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows.tokens)};
-  const cuuint64_t stride = static_cast<cuuint64_t>(args.token_stride) * sizeof(__nv_bfloat16);
-  const cuuint32_t tile[] = {64, 64}, steps[] = {1, 1};
+  const cuuint64_t sizes[] = {64, static_cast<cuuint64_t>(rows.tokens),
+                              static_cast<cuuint64_t>(columns / 64)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(args.token_stride) * sizeof(__nv_bfloat16), 128};
+  const cuuint32_t box[] = {64, 64, static_cast<cuuint32_t>(tiles)}, steps[] = {1, 1, 1};
   const CUresult result =
-      encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(from), sizes, &stride, tile, steps,
+      encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(from), sizes, strides, box, steps,
              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return absl::OkStatus();
@@ -822,9 +877,9 @@ absl::Status Launch(const RaggedRows& rows, const DeltaRuleArgs& args, bool with
   config.attrs = &beside;
   config.numAttrs = with_short_rows ? 1 : 0;
   Problem problem{.rows = rows, .args = args};
-  RETURN_IF_ERROR(MakeTileMap(rows, args, args.q, args.heads * kKeys, &problem.q));
-  RETURN_IF_ERROR(MakeTileMap(rows, args, args.k, args.heads * kKeys, &problem.k));
-  RETURN_IF_ERROR(MakeTileMap(rows, args, args.v, args.heads * kKeys, &problem.v));
+  RETURN_IF_ERROR(MakeTileMap(rows, args, args.q, args.heads * kKeys, L::kKeyTiles, &problem.q));
+  RETURN_IF_ERROR(MakeTileMap(rows, args, args.k, args.heads * kKeys, L::kKeyTiles, &problem.k));
+  RETURN_IF_ERROR(MakeTileMap(rows, args, args.v, args.heads * kKeys, kConsumers, &problem.v));
   if (cudaLaunchKernelEx(&config, kernel, problem) != cudaSuccess)
     return LaunchStatus("DeltaRuleChunkKernel");
   return absl::OkStatus();
@@ -857,8 +912,8 @@ int64_t DeltaRuleChunkCudaBlocks(int device, DType dtype, int64_t key_dim, int64
   };
   const bool hopper =
       get(cudaDevAttrComputeCapabilityMajor) == 9 && get(cudaDevAttrComputeCapabilityMinor) == 0;
-  const bool has_kernel =
-      dtype == DType::kBFloat16 && key_dim == value_dim && (key_dim == 64 || key_dim == 128);
+  const bool has_kernel = dtype == DType::kBFloat16 && key_dim == value_dim &&
+                          (key_dim == 64 || key_dim == 128 || key_dim == 256);
   return hopper && has_kernel && BuiltForHopper() ? get(cudaDevAttrMultiProcessorCount) : 0;
 }
 
@@ -873,6 +928,7 @@ absl::Status DeltaRuleChunkCuda(const RaggedRows& rows, const DeltaRuleArgs& arg
                                 void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   if (args.key_dim == 64) return Launch<64, 1>(rows, args, with_short_rows, cuda_stream);
+  if (args.key_dim == 256) return Launch<256, 1>(rows, args, with_short_rows, cuda_stream);
   return rows.chunks.parts == 2 ? Launch<128, 1>(rows, args, with_short_rows, cuda_stream)
                                 : Launch<128, 2>(rows, args, with_short_rows, cuda_stream);
 }

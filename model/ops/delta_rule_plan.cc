@@ -14,11 +14,13 @@ constexpr int64_t kChunk = 64;
 // What a piece costs beside its chunks: its state in and out, and the first chunk's way through the pipeline;
 // in chunks (64 rows of one chunk take 11 us a piece, 8 rows of 32 chunks 4 us a chunk, on an H200).
 constexpr int64_t kPieceCost = 2;
+// Heads that a block cannot hold whole: of 256 rows it has the registers for 64 columns.
+constexpr int64_t kWideColumns = 256, kWideParts = 4;
 
 }  // namespace
 
-int64_t MaxChunkPlanSize(int64_t rows, int64_t heads, int64_t blocks) {
-  return blocks + 1 + std::max(blocks, rows * heads);
+int64_t MaxChunkPlanSize(int64_t rows, int64_t heads, int64_t columns, int64_t blocks) {
+  return blocks + 1 + std::max(blocks, rows * heads * (columns == kWideColumns ? kWideParts : 1));
 }
 
 ChunkPlan PlanChunks(absl::Span<const int32_t> offsets, int64_t heads, int64_t columns, int64_t blocks,
@@ -33,9 +35,12 @@ ChunkPlan PlanChunks(absl::Span<const int32_t> offsets, int64_t heads, int64_t c
   if (rows.empty()) return {};
   std::stable_sort(rows.begin(), rows.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
 
-  // Half the columns of a head take more than half its time: V is split only where blocks would be idle.
+  // Half the columns of a head take more than half its time: V is split only where blocks would be idle, or
+  // must be.
   const int64_t heads_of_rows = static_cast<int64_t>(rows.size()) * heads;
-  const int64_t parts = columns == 128 && 2 * heads_of_rows <= blocks ? 2 : 1;
+  int64_t parts = 1;
+  if (columns == kWideColumns) parts = kWideParts;
+  if (columns == 128 && 2 * heads_of_rows <= blocks) parts = 2;
   blocks = std::min(blocks, heads_of_rows * parts);
   std::vector<std::vector<int32_t>> share(blocks);
   using Load = std::pair<int64_t, int64_t>;  // Cost, block.

@@ -14,13 +14,14 @@ namespace deltanet {
 // on what else is in the step.
 inline constexpr int64_t kDeltaRuleFewTokens = 16;
 
-// The numbers that a plan for at most `rows` long rows may need.
-int64_t MaxChunkPlanSize(int64_t rows, int64_t heads, int64_t blocks);
+// The numbers that a plan for at most `rows` long rows may need. `columns`: V.
+int64_t MaxChunkPlanSize(int64_t rows, int64_t heads, int64_t columns, int64_t blocks);
 
-// Plans for rows of offsets[r + 1] - offsets[r] tokens. A piece is a head of a row or, where V is split, half of
-// one. The longest pieces go first, each to the block that has least to do: no block has more than 4/3 of the
-// best possible. `columns`: V, a multiple of 64 up to 128. Writes `plan` (see ChunkPlan::pieces) and returns
-// how it is to be read, with `pieces` pointing at it; blocks is 0 if no row is long.
+// Plans for rows of offsets[r + 1] - offsets[r] tokens. A piece is a head of a row or, where V is split, half
+// (V = 128, if blocks would be idle) or a quarter (V = 256, always) of one. The longest pieces go first, each
+// to the block that has least to do: no block has more than 4/3 of the best possible. `columns`: V, 64, 128
+// or 256. Writes `plan` (see ChunkPlan::pieces) and returns how it is to be read, with `pieces` pointing at
+// it; blocks is 0 if no row is long.
 // O(pieces log blocks), some 20 ns each. Called by the engine on the batch thread.
 ChunkPlan PlanChunks(absl::Span<const int32_t> offsets, int64_t heads, int64_t columns, int64_t blocks,
                      int32_t* plan);

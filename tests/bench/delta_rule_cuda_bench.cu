@@ -111,7 +111,7 @@ void Run(const std::string& name, const std::vector<int32_t>& lengths, int heads
                         .work_slot = work_there.data(),
                         .fresh = fresh.data()};
   const int64_t blocks = DeltaRuleChunkBlocks(context.device, DType::kBFloat16, size, size);
-  std::vector<int32_t> plan(MaxChunkPlanSize(R, heads, blocks));
+  std::vector<int32_t> plan(MaxChunkPlanSize(R, heads, size, blocks));
   if (blocks > 0) rows.chunks = PlanChunks(offsets, heads, size, blocks, plan.data());
   const Array<int32_t> plan_there(plan);
   rows.chunks.pieces = plan_there.data();

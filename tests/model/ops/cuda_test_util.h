@@ -71,7 +71,7 @@ class Mirror {
     RaggedRows rows = Rows(ragged);
     const int64_t blocks = DeltaRuleChunkBlocks(kDevice, dtype, key_dim, value_dim);
     if (blocks == 0) return rows;
-    std::vector<int32_t> plan(MaxChunkPlanSize(rows.rows, heads, blocks));
+    std::vector<int32_t> plan(MaxChunkPlanSize(rows.rows, heads, value_dim, blocks));
     rows.chunks = PlanChunks(ragged.offsets, heads, value_dim, blocks, plan.data());
     rows.chunks.pieces = Copy(plan);
     return rows;

@@ -24,7 +24,8 @@ struct Planned {
 };
 
 Planned Plan(const std::vector<int32_t>& lengths, int64_t heads, int64_t columns, int64_t blocks) {
-  std::vector<int32_t> memory(MaxChunkPlanSize(static_cast<int64_t>(lengths.size()), heads, blocks), -1);
+  std::vector<int32_t> memory(MaxChunkPlanSize(static_cast<int64_t>(lengths.size()), heads, columns, blocks),
+                              -1);
   Planned planned{.plan = PlanChunks(Offsets(lengths), heads, columns, blocks, memory.data()), .shares = {}};
   EXPECT_LE(planned.plan.size(), static_cast<int64_t>(memory.size()));
   const int32_t* const pieces = memory.data() + planned.plan.blocks + 1;
@@ -46,6 +47,8 @@ TEST(ChunkPlan, HoldsEveryHeadOfEveryLongRowOnce) {
            {{16, 17, 0, 1, 4000}, 3, 128, 132},
            {kRagged, 16, 128, 132},
            {kRagged, 16, 64, 7},
+           {{17}, 1, 256, 132},
+           {kRagged, 16, 256, 132},
            {std::vector<int32_t>(70, 64), 16, 128, 132}}) {
     const Planned planned = Plan(lengths, heads, columns, blocks);
     std::multiset<int32_t> got;
@@ -67,6 +70,12 @@ TEST(ChunkPlan, SplitsColumnsOnlyWhereBlocksWouldBeIdle) {
   EXPECT_EQ(Plan({500}, 16, 64, 132).plan.parts, 1);
   EXPECT_EQ(Plan({500}, 16, 128, 132).plan.blocks, 32);
   EXPECT_EQ(Plan({500}, 16, 64, 132).plan.blocks, 16);
+}
+
+TEST(ChunkPlan, QuartersWideHeadsAlways) {
+  EXPECT_EQ(Plan({500}, 2, 256, 132).plan.parts, 4);
+  EXPECT_EQ(Plan({500}, 2, 256, 132).plan.blocks, 8);
+  EXPECT_EQ(Plan(std::vector<int32_t>(100, 100), 16, 256, 132).plan.parts, 4);
 }
 
 TEST(ChunkPlan, OfShortRowsIsEmpty) {
