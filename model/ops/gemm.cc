@@ -1,8 +1,9 @@
-// Products go to LibTorch's library (cuBLAS, MKL), but on the CPU those in a fixed order, whose rows' bits
-// must not depend on their number: those of MKL's do (by the kernel, which it chooses by m; by where in a
-// block a row stands, where n < 12 and rows are no multiple of 16 bytes).
+// Products go to LibTorch's library (cuBLAS, MKL), but for two kinds: those of few rows in bfloat16 on a GPU that
+// has our kernel (gemm_skinny_cuda.cu), and on the CPU those in a fixed order, whose rows' bits must not depend on
+// their number: those of MKL's do (by the kernel, which it chooses by m; by where in a block a row stands, where
+// n < 12 and rows are no multiple of 16 bytes).
 //
-// Tiling of these: rows in blocks that stay in the L2, columns in blocks of kBlockColumns, and such pairs of
+// Tiling of the latter: rows in blocks that stay in the L2, columns in blocks of kBlockColumns, and such pairs of
 // blocks shared out to the threads. Within a pair a tile of 3 x 4 sums (6 x 4 with AVX-512), a vector each,
 // runs through all of k: 7 loads for 12 multiply-adds (10 for 24), those of b out of the L1. Lanes are added
 // up at the end.
@@ -24,6 +25,7 @@
 #include "absl/strings/str_cat.h"
 #include "model/base/status_macros.h"
 #include "model/ops/cpu/dispatch.h"
+#include "model/ops/cuda_kernels.h"
 
 namespace deltanet {
 namespace {
@@ -107,6 +109,9 @@ absl::Status Gemm(const GemmArgs& args, const OpContext& context) {
     MultiplyInFixedOrder(args, context);
     return absl::OkStatus();
   }
+#ifdef DELTANET_CUDA
+  if (!on_cpu && !args.fixed_order && GemmSkinnyCudaTakes(args)) return GemmSkinnyCuda(args, context.stream);
+#endif
   c10::InferenceMode no_gradients;
   const at::TensorOptions operands = Options(args.dtype, context.device);
   const at::TensorOptions result = Options(args.c_dtype, context.device);
