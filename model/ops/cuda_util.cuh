@@ -9,6 +9,7 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "model/ops/elementwise.h"
 
 namespace deltanet {
 
@@ -113,6 +114,13 @@ __device__ inline float SigmoidFor(float x) {
 template <>
 __device__ inline float SigmoidFor<__nv_bfloat16>(float x) {
   return __fdividef(1.0f, 1.0f + __expf(-x));
+}
+
+// A gated unit's value on the way into a T.
+template <typename T>
+__device__ inline float Gated(GateKind kind, float first, float second) {
+  return kind == GateKind::kSigmoidSecond ? first * SigmoidFor<T>(second)
+                                          : first * SigmoidFor<T>(first) * second;
 }
 
 __device__ inline float WarpSum(float x) {

@@ -19,12 +19,6 @@ dim3 RowPieces(int64_t rows, int64_t vectors, int threads) {
   return {static_cast<unsigned>(rows), static_cast<unsigned>((vectors + threads - 1) / threads)};
 }
 
-template <typename T>
-__device__ inline float Gated(GateKind kind, float first, float second) {
-  return kind == GateKind::kSigmoidSecond ? first * SigmoidFor<T>(second)
-                                          : first * SigmoidFor<T>(first) * second;
-}
-
 // A block is a piece of a row, a thread kN neighbouring values of it.
 template <typename T, int kN>
 __global__ void GatedUnitKernel(GatedUnitArgs args) {

@@ -109,9 +109,7 @@ absl::Status Gemm(const GemmArgs& args, const OpContext& context) {
     MultiplyInFixedOrder(args, context);
     return absl::OkStatus();
   }
-#ifdef DELTANET_CUDA
-  if (!on_cpu && !args.fixed_order && GemmSkinnyCudaTakes(args)) return GemmSkinnyCuda(args, context.stream);
-#endif
+  if (const FusedGemmArgs alone = {.gemm = args}; FusedGemmTakes(alone, context)) return FusedGemm(alone, context);
   c10::InferenceMode no_gradients;
   const at::TensorOptions operands = Options(args.dtype, context.device);
   const at::TensorOptions result = Options(args.c_dtype, context.device);
@@ -129,6 +127,23 @@ absl::Status Gemm(const GemmArgs& args, const OpContext& context) {
       at::mm_out(c, a, b, at::kFloat);
     }
   }
+  return absl::OkStatus();
+}
+
+bool FusedGemmTakes([[maybe_unused]] const FusedGemmArgs& args, [[maybe_unused]] const OpContext& context) {
+  CUDA_DOOR(GemmSkinnyCudaTakes(args));
+  return false;
+}
+
+absl::Status FusedGemm(const FusedGemmArgs& args, const OpContext& context) {
+  if (!FusedGemmTakes(args, context)) {
+    return absl::InvalidArgumentError(absl::StrCat("there is no fused product of [", args.gemm.m, ",", args.gemm.k,
+                                                   "] and the transpose of [", args.gemm.n, ",", args.gemm.k,
+                                                   "] in ", DTypeName(args.gemm.dtype), " on ",
+                                                   DeviceName(context.device)));
+  }
+  if (args.gemm.m == 0) return absl::OkStatus();
+  CUDA_DOOR(GemmSkinnyCuda(args, context.stream));
   return absl::OkStatus();
 }
 

@@ -107,11 +107,11 @@ class Bench {
                   .c = gated_.data(),
                   .ldc = n};
     args.b = matrices_.data();
-    if (!GemmSkinnyCudaTakes(args)) return;
+    if (!GemmSkinnyCudaTakes({.gemm = args})) return;
     const double us = MedianMicroseconds(stream_, replays_, [&]() -> absl::Status {
       for (int64_t i = 0; i < matrices; ++i) {
         args.b = matrices_.data() + i * n * k;
-        if (absl::Status status = GemmSkinnyCuda(args, stream_); !status.ok()) return status;
+        if (absl::Status status = GemmSkinnyCuda({.gemm = args}, stream_); !status.ok()) return status;
       }
       return absl::OkStatus();
     });

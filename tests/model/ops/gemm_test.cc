@@ -224,6 +224,142 @@ TEST(GemmCudaTest, OfFewRowsIsAsGoodAsPlainSumsAndWritesItsColumnsAlone) {
     }
   }
 }
+
+// What surrounds a product: a norm's factor before it, an addition or a gate after it.
+TEST(GemmCudaTest, FusedIsAsGoodAsPlainCodeAndWritesItsColumnsAlone) {
+  using Then = FusedGemmArgs::Then;
+  const Mode mode{"cuda_bfloat16", {DeviceType::kCuda, 0}, DType::kBFloat16};
+  SKIP_WITHOUT_DEVICE(mode);
+  DeviceStream stream(mode.device);
+  const OpContext context{mode.device, RunSerially, stream.handle()};
+  const DeviceStream::Current current(stream);
+  const auto on_device = [&](const std::vector<float>& values, DType dtype) {
+    std::vector<char> raw(values.size() * DTypeBytes(dtype));
+    ConvertElements(values.data(), DType::kFloat32, raw.data(), dtype, static_cast<int64_t>(values.size()));
+    DeviceBuffer buffer(mode.device, static_cast<int64_t>(raw.size()));
+    stream.Copy(buffer.data(), raw.data(), buffer.bytes());
+    stream.Synchronize();
+    return buffer;
+  };
+  const auto on_host = [&](const DeviceBuffer& buffer, DType dtype) {
+    std::vector<char> raw(buffer.bytes());
+    stream.Copy(raw.data(), buffer.data(), buffer.bytes());
+    stream.Synchronize();
+    std::vector<float> values(buffer.bytes() / DTypeBytes(dtype));
+    ConvertElements(raw.data(), dtype, values.data(), DType::kFloat32, static_cast<int64_t>(values.size()));
+    return values;
+  };
+  constexpr RmsEpsilon kEpsilons = {.after = 0.25f, .inside = 0.5f};
+  for (const Sizes& sizes : {Sizes{264, 72}, Sizes{136, 1024}, Sizes{1032, 200}, Sizes{8, 512}}) {
+    const int64_t n = sizes.n, k = sizes.k;
+    const std::vector<float> b = Rounded(RandomNormal(n * k, 2, 1 / std::sqrt(static_cast<float>(k))), mode.dtype);
+    const DeviceBuffer b_there = on_device(b, mode.dtype);
+    const std::vector<float> scale = RandomNormal(n, 3);
+    const DeviceBuffer scale_there = on_device(scale, DType::kFloat32);
+    for (const int64_t m : {1, 7, 8, 16, 33, 64, 100, 128}) {
+      const std::vector<float> a = Rounded(RandomNormal(m * k, 1), mode.dtype);
+      const DeviceBuffer a_there = on_device(a, mode.dtype);
+      std::vector<float> squares = RandomNormal(m * SquaresWidth(k), 4);
+      for (float& square : squares) square *= square * static_cast<float>(k);
+      const DeviceBuffer squares_there = on_device(squares, DType::kFloat32);
+      const std::vector<float> before = RandomNormal(m * n, 5);
+      std::vector<float> factors(m), plain(m * n);  // Of the products.
+      std::vector<double> exact_factors(m), exact(m * n);
+      for (int64_t i = 0; i < m; ++i) {
+        float sum = 0;
+        double exact_sum = 0;
+        for (int64_t j = 0; j < SquaresWidth(k); ++j) {
+          sum += squares[i * SquaresWidth(k) + j];
+          exact_sum += squares[i * SquaresWidth(k) + j];
+        }
+        factors[i] = 1 / (std::sqrt(sum / static_cast<float>(k) + kEpsilons.inside) + kEpsilons.after);
+        exact_factors[i] =
+            1 / (std::sqrt(exact_sum / static_cast<double>(k) + kEpsilons.inside) + kEpsilons.after);
+        for (int64_t j = 0; j < n; ++j) {
+          PlainSum product(mode);
+          for (int64_t l = 0; l < k; ++l) {
+            product.Add(a[i * k + l], b[j * k + l]);
+            exact[i * n + j] += static_cast<double>(a[i * k + l]) * b[j * k + l];
+          }
+          plain[i * n + j] = product.value();
+        }
+      }
+      for (const Then then : {Then::kStore, Then::kGate, Then::kAdd}) {
+        for (const bool norm : {false, true}) {
+          SCOPED_TRACE(absl::StrCat("[", m, ",", k, "] x [", k, ",", n, "], then ", static_cast<int>(then),
+                                    norm ? ", normed" : ""));
+          const int64_t columns = then == Then::kGate ? n / 2 : n, stride = columns + 4;
+          const DeviceBuffer c = on_device(std::vector<float>(m * stride, kNaN), mode.dtype);
+          const DeviceBuffer x = on_device(before, DType::kFloat32);
+          const DeviceBuffer x_squares = on_device(std::vector<float>(m * SquaresWidth(n), kNaN), DType::kFloat32);
+          FusedGemmArgs args;
+          args.gemm.dtype = args.gemm.c_dtype = mode.dtype;
+          args.gemm.m = m;
+          args.gemm.n = n;
+          args.gemm.k = args.gemm.lda = args.gemm.ldb = k;
+          args.gemm.a = a_there.data();
+          args.gemm.b = b_there.data();
+          args.gemm.c = c.data();
+          args.gemm.ldc = stride;
+          if (norm) args.squares = squares_there.as<float>();
+          args.epsilon = kEpsilons;
+          args.then = then;
+          args.gate = norm ? GateKind::kSiluFirst : GateKind::kSigmoidSecond;
+          args.x = x.as<float>();
+          args.scale = scale_there.as<float>();
+          args.x_squares = x_squares.as<float>();
+          if (!FusedGemmTakes(args, context)) {
+            EXPECT_EQ(FusedGemm(args, context).code(), absl::StatusCode::kInvalidArgument);
+            GTEST_SKIP() << "this device has no fused products";
+          }
+          const absl::Status status = FusedGemm(args, context);
+          ASSERT_TRUE(status.ok()) << status;
+
+          std::vector<float> plain_c(m * columns), plain_x(before), plain_squares(m * SquaresWidth(n)), got_c;
+          std::vector<double> exact_c(m * columns), exact_x(m * n), exact_squares(m * SquaresWidth(n));
+          for (int64_t i = 0; i < m; ++i) {
+            const float factor = norm ? factors[i] : 1.0f;
+            const double exact_factor = norm ? exact_factors[i] : 1.0;
+            for (int64_t j = 0; j < columns; ++j) {
+              const float p = plain[i * n + j] * factor;
+              const double q = exact[i * n + j] * exact_factor;
+              float* const to = &plain_c[i * columns + j];
+              double* const exact_to = &exact_c[i * columns + j];
+              if (then == Then::kStore) {
+                *to = p, *exact_to = q;
+              } else if (then == Then::kGate) {
+                const float second = plain[i * n + columns + j] * factor;
+                const double exact_second = exact[i * n + columns + j] * exact_factor;
+                *to = norm ? p / (1 + std::exp(-p)) * second : p / (1 + std::exp(-second));
+                *exact_to = norm ? q / (1 + std::exp(-q)) * exact_second : q / (1 + std::exp(-exact_second));
+              } else {
+                const float sum = plain_x[i * n + j] += p;
+                const double exact_sum = exact_x[i * n + j] = before[i * n + j] + q;
+                *to = sum * scale[j], *exact_to = exact_sum * scale[j];
+                plain_squares[i * SquaresWidth(n) + j / kSquaresOf] += sum * sum;
+                exact_squares[i * SquaresWidth(n) + j / kSquaresOf] += exact_sum * exact_sum;
+              }
+            }
+          }
+          const std::vector<float> all_c = on_host(c, mode.dtype);
+          for (int64_t i = 0; i < m; ++i) {
+            got_c.insert(got_c.end(), all_c.begin() + i * stride, all_c.begin() + i * stride + columns);
+            for (int64_t j = columns; j < stride; ++j) ASSERT_TRUE(std::isnan(all_c[i * stride + j]));
+          }
+          ExpectAsGoodAsPlain(got_c.data(), plain_c.data(), exact_c.data(), m * columns, "c", mode.dtype);
+          const std::vector<float> got_x = on_host(x, DType::kFloat32);
+          if (then != Then::kAdd) {
+            EXPECT_TRUE(SameBits(got_x.data(), before.data(), m * n));
+            continue;
+          }
+          ExpectAsGoodAsPlain(got_x.data(), plain_x.data(), exact_x.data(), m * n, "x");
+          ExpectAsGoodAsPlain(on_host(x_squares, DType::kFloat32).data(), plain_squares.data(),
+                              exact_squares.data(), m * SquaresWidth(n), "squares");
+        }
+      }
+    }
+  }
+}
 #endif
 
 // Rows of products in which a row's bits are not those that it has in a product of its own.
