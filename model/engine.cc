@@ -6,14 +6,16 @@
 // and 6 d d/H in the delta rule.
 //
 // On a GPU, `delta_net` in bfloat16 (f wide feed-forward): a layer is 8 launches where rows have few tokens, four
-// products and between them the mixer, the addition with the feed-forward's norm, the gated unit, and the addition with
-// the next layer's norm; 11 where rows are long and the mixer is the convolution, its tails, the delta rule and the
-// output norm. Between the products move, a token: convolution 12 d, delta rule 8 d, output norm 4 d, the two additions
-// 12 d each (the residual stream is float32), gated unit 6 f bytes: 132 KB for d = 2048, f = 5632, in 24 layers and 16,384
-// tokens 52 GB, 12 ms at 4.3 TB/s, beside 51 ms of products at 790 TFLOP/s. A step of single tokens reads the weights
-// once (2.6 GB, 0.61 ms) and reads and writes each session's state (50 MB, 12 us).
+// products and between them the mixer, the addition with the feed-forward's norm, the gated unit, and the addition
+// with the next layer's norm; 5 where there are few tokens in all and the products do the rest but the mixer
+// (FusedGemm, on Hopper), each beginning to read its weights while the one before it ends; 11 where rows are long
+// and the mixer is the convolution, its tails, the delta rule and the output norm. Between the products move, a
+// token: convolution 12 d, delta rule 8 d, output norm 4 d, the two additions 12 d each (the residual stream is
+// float32), gated unit 6 f bytes: 132 KB for d = 2048, f = 5632, in 24 layers and 16,384 tokens 52 GB, 12 ms at 4.3
+// TB/s, beside 51 ms of products at 790 TFLOP/s. A step of single tokens reads the weights once (2.6 GB, 0.61 ms)
+// and reads and writes each session's state (50 MB, 12 us).
 //
-// A step with few tokens is bound by the host, which has 200 to 300 launches to make. So where the device has graphs,
+// A step with few tokens is bound by the host, which has 120 to 300 launches to make. So where the device has graphs,
 // steps whose rows have one token each (generation, streams fed token by token) are launched as one: everything
 // between the input's copy and the outputs', sampling included, is captured when the model has been loaded, once for
 // each of a few numbers of rows, for outputs that are handed over and for such that are read out, and for each
@@ -148,7 +150,8 @@ struct Workspace {
                           layout.Take(tokens * d, t),
                           layout.Take(tokens * 2 * ff, t),
                           layout.Take(tokens * ff, t),
-                          layout.Take(logits_floats, DType::kFloat32)};
+                          layout.Take(logits_floats, DType::kFloat32),
+                          layout.Take(tokens * SquaresWidth(d), DType::kFloat32)};
     buffer = DeviceBuffer(options.device, layout.bytes());
     centre = reinterpret_cast<float*>(buffer.data() + at[0]);
     taps = buffer.data() + at[1];
@@ -160,6 +163,7 @@ struct Workspace {
     ff_in = buffer.data() + at[7];
     ff_gated = buffer.data() + at[8];
     logits = reinterpret_cast<float*>(buffer.data() + at[9]);
+    squares = reinterpret_cast<float*>(buffer.data() + at[10]);
   }
 
   int64_t z_stride, qkv_stride, logits_rows;
@@ -169,10 +173,12 @@ struct Workspace {
   void* qkv;       // [N, qkv_stride] T: what the delta rule takes: q, k, v, beta. z itself, if composed.
   void* mixed;     // [N, HV] T: what the delta rule gives.
   void* normed;    // [N, d or HV] T: a norm's result on its way into a product.
-  void* product;   // [N, d] T: a product's result on its way back into the residual stream.
+  void* product;   // [N, d] T: a product's result on its way back into the residual stream. In fused layers what the
+                   // next product takes: the residual stream, times the scale of the norm before it.
   void* ff_in;     // [N, 2f] T
   void* ff_gated;  // [N, f] T
   float* logits;   // [logits_rows, vocabulary] For readouts, a block of them at a time.
+  float* squares;  // [N, SquaresWidth(d)] In fused layers, of the residual stream.
   DeviceBuffer buffer;
 };
 
@@ -349,11 +355,24 @@ struct RowOutputs {
   int64_t begin, end;  // Of these tokens of the row.
 };
 
+// Whether every layer is of those that FusedGemm makes up, save for the sizes.
+bool LayersFuse(const Weights& weights, const ModelOptions& options) {
+  if (weights.mixer != MixerKind::kShortConv || weights.config.lookahead_per_layer() > 0 || options.deterministic) {
+    return false;
+  }
+  return std::all_of(weights.layers.begin(), weights.layers.end(), [](const LayerWeights& layer) {
+    return layer.pre_norm != nullptr && layer.post_norm == nullptr && layer.has_ff && layer.ff_norm != nullptr &&
+           layer.post_ff_norm == nullptr && layer.qkv.bias == nullptr && layer.out.bias == nullptr &&
+           layer.ff_in.bias == nullptr && layer.ff_out.bias == nullptr;
+  });
+}
+
 class Engine final : public Model {
  public:
   Engine(Weights weights, const ModelOptions& options)
       : weights_(std::move(weights)),
         layout_(weights_),
+        layers_fuse_(LayersFuse(weights_, options)),
         threads_(options.cpu_threads),
         chunk_blocks_(DeltaRuleChunkBlocks(options.device, weights_.dtype, weights_.key_dim, weights_.value_dim)),
         workspace_(weights_, options),
@@ -1024,6 +1043,67 @@ class Engine final : public Model {
     return AddRmsNorm(add_ff, context);
   }
 
+  // The products of one layer over n tokens, with all that is around them but the mixer (the sums stay in float32 for
+  // longer than in RunLayer).
+  struct FusedLayer {
+    FusedGemmArgs qkv, out, ff_in, ff_out;
+  };
+  FusedLayer FusedLayerOf(int64_t index, int64_t n, float* x) const {
+    const LayerWeights& layer = weights_.layers[index];
+    const Workspace& w = workspace_;
+    const auto product = [&](const Linear& linear, const void* a, void* c, int64_t ldc) {
+      FusedGemmArgs fused;
+      fused.gemm = ProductWith(linear, weights_.dtype);
+      fused.gemm.m = n;
+      fused.gemm.a = a;
+      fused.gemm.lda = linear.inputs;
+      fused.gemm.c = c;
+      fused.gemm.ldc = ldc;
+      fused.epsilon = weights_.epsilon;
+      return fused;
+    };
+    const auto add = [&](FusedGemmArgs* fused, const float* scale_of_next) {
+      fused->then = FusedGemmArgs::Then::kAdd;
+      fused->x = x;
+      fused->scale = scale_of_next;
+      fused->x_squares = w.squares;
+    };
+    FusedLayer fused;
+    // The first layer's norm is an operator of its own.
+    fused.qkv = product(layer.qkv, index == 0 ? w.normed : w.product, w.z, w.z_stride);
+    if (index > 0) fused.qkv.squares = w.squares;
+    fused.out = product(layer.out, w.normed, w.product, layer.out.outputs);
+    add(&fused.out, layer.ff_norm);
+    fused.ff_in = product(layer.ff_in, w.product, w.ff_gated, layer.ff_out.inputs);
+    fused.ff_in.squares = w.squares;
+    fused.ff_in.then = FusedGemmArgs::Then::kGate;
+    fused.ff_in.gate = layer.gate;
+    fused.ff_out = product(layer.ff_out, w.ff_gated, w.product, layer.ff_out.outputs);
+    add(&fused.ff_out, NormBefore(index + 1));
+    return fused;
+  }
+
+  bool Fuses(int64_t n, float* x, const OpContext& context) const {
+    if (!layers_fuse_) return false;
+    const FusedLayer layer = FusedLayerOf(0, n, x);  // The others have its sizes.
+    return FusedGemmTakes(layer.qkv, context) && FusedGemmTakes(layer.out, context) &&
+           FusedGemmTakes(layer.ff_in, context) && FusedGemmTakes(layer.ff_out, context);
+  }
+
+  // Does what RunLayer does.
+  absl::Status RunFusedLayer(int64_t index, const RaggedRows& rows, float* x, int32_t* nonfinite,
+                             const OpContext& context) {
+    const FusedLayer layer = FusedLayerOf(index, rows.tokens, x);
+    RETURN_IF_ERROR(FusedGemm(layer.qkv, context));
+    RETURN_IF_ERROR(DeltaNetMixer(rows,
+                                  {ShortConvOf(index), DeltaRuleOf(index, nonfinite),
+                                   OutputNormOf(rows.tokens, weights_.layers[index])},
+                                  context));
+    RETURN_IF_ERROR(FusedGemm(layer.out, context));
+    RETURN_IF_ERROR(FusedGemm(layer.ff_in, context));
+    return FusedGemm(layer.ff_out, context);
+  }
+
   absl::Status Run(Staging* s) {
     SetTorchThreads(threads_);
     const DeviceStream::Current current(compute_);
@@ -1092,8 +1172,10 @@ class Engine final : public Model {
       norm.normed = workspace_.normed;
       RETURN_IF_ERROR(AddRmsNorm(norm, context));
     }
+    const bool fuses = Fuses(rows.tokens, x, context);
     for (int64_t l = 0; l < weights_.config.num_layers; ++l) {
-      RETURN_IF_ERROR(RunLayer(l, rows, x, side.nonfinite, context));
+      RETURN_IF_ERROR(fuses ? RunFusedLayer(l, rows, x, side.nonfinite, context)
+                            : RunLayer(l, rows, x, side.nonfinite, context));
     }
 
     if (description_.generates) {
@@ -1158,6 +1240,7 @@ class Engine final : public Model {
   // Constant after construction (the description from CaptureGraphs on).
   const Weights weights_;
   const SlotLayout layout_;
+  const bool layers_fuse_;
   const int threads_;
   const int64_t chunk_blocks_;  // Of the delta rule's kernel for long rows; 0: there is none.
   bool captures_ = false;

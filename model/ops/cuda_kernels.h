@@ -9,6 +9,7 @@
 #include "model/ops/delta_net_mixer.h"
 #include "model/ops/delta_rule.h"
 #include "model/ops/elementwise.h"
+#include "model/ops/gemm.h"
 #include "model/ops/output_norm.h"
 #include "model/ops/readout.h"
 #include "model/ops/rms_norm.h"
@@ -24,6 +25,9 @@ absl::Status DeltaRuleCuda(const RaggedRows& rows, const DeltaRuleArgs& args, vo
 absl::Status GatherTapsCuda(const RaggedRows& rows, const GatherTapsArgs& args, void* stream);
 absl::Status ConvQkvActivationCuda(const RaggedRows& rows, const ConvQkvActivationArgs& args, void* stream);
 absl::Status ShortConvQkvCuda(const RaggedRows& rows, const ShortConvQkvArgs& args, void* stream);
+// Whether GemmSkinnyCuda can make this product on the current device.
+bool GemmSkinnyCudaTakes(const FusedGemmArgs& args);
+absl::Status GemmSkinnyCuda(const FusedGemmArgs& args, void* stream);
 absl::Status AddRmsNormCuda(const AddRmsNormArgs& args, void* stream);
 absl::Status GatedUnitCuda(const GatedUnitArgs& args, void* stream);
 absl::Status OutputNormCuda(const OutputNormArgs& args, void* stream);

@@ -1,6 +1,6 @@
 // What kernels for Hopper (sm_90a) use beyond CUDA C++, one function an instruction: barriers in shared
-// memory, asynchronous copies, 8x8 matrices between shared memory and registers, matrix products of a warp
-// and of a warpgroup. Only code compiled for sm_90a may call them.
+// memory, asynchronous copies, clusters, 8x8 matrices between shared memory and registers, matrix products of
+// a warp and of a warpgroup. Only code compiled for sm_90a may call them.
 //
 // Fragments. q = lane % 4, r = lane / 4.
 //   An 8x8 matrix of bfloat16 in a register of each lane: row r, columns 2q (low half) and 2q + 1.
@@ -86,28 +86,11 @@ __device__ inline void BarrierWait(uint32_t barrier, uint32_t parity) {
   while (!BarrierTry(barrier, parity)) {
   }
 }
-// The barrier's phase in hand also waits for `bytes` of copies that count themselves there.
-__device__ inline void BarrierExpect(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
 // A barrier among `threads` threads; 0 is __syncthreads().
 __device__ inline void NamedBarrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Queues the copy of a box of a map [tiles, rows, 64], from its row `row` and tile `tile` on, counted on
-// `barrier`: `bytes`, the box's. The map is in parameter memory.
-__device__ inline void CopyTileBox(uint32_t to, const CUtensorMap* map, int row, int tile, uint32_t barrier,
-                                   uint32_t bytes) {
-  BarrierExpect(barrier, bytes);
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, "
-      "%5}], "
-      "[%2];" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(0), "r"(row), "r"(tile)
-      : "memory");
-}
 // Queues a copy of 16 bytes to shared memory, or of 16 zeros if not `there`.
 __device__ inline void CopyAsync16(uint32_t to, const void* from, bool there) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to),
@@ -122,6 +105,70 @@ __device__ inline void CopyAsyncWait() {
 }
 // Orders this thread's writes to shared memory before what the asynchronous proxy reads after it was told.
 __device__ inline void FenceAsyncProxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Lets the phase in hand end only when `bytes` more have been copied.
+__device__ inline void BarrierExpect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+// Arrives, and lets the phase end only when `bytes` more have been copied.
+__device__ inline void BarrierArriveExpecting(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+// Copies by one thread of a whole box of a matrix, as a map of it says; what lies outside the matrix is zero,
+// and counts. `x` is the first element of a row, `y` the row, `z` the matrix. A map is a kernel's parameter
+// (__grid_constant__).
+__device__ inline void CopyBox(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
+      "[%4];" ::"r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(barrier)
+      : "memory");
+}
+__device__ inline void CopyBox(uint32_t to, const CUtensorMap* map, int x, int y, int z, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
+      "[%5];" ::"r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier)
+      : "memory");
+}
+// Brings the map itself nearer.
+__device__ inline void PrefetchMap(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// Clusters: blocks that reach one another's shared memory. A kernel launched without is a cluster of one.
+__device__ inline int ClusterBlocks() {
+  uint32_t blocks;
+  asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(blocks));
+  return static_cast<int>(blocks);
+}
+__device__ inline int ClusterRank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctaid.x;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+// A barrier among all threads of the cluster; what they wrote before it is visible to all.
+__device__ inline void ClusterBarrier() {
+  asm volatile(
+      "barrier.cluster.arrive.release;\n"
+      "barrier.cluster.wait.acquire;" ::
+          : "memory");
+}
+// Four floats that the cluster's block `rank` has where this block has `address`.
+__device__ inline float4 LoadFromBlock(uint32_t address, int rank) {
+  float4 x;
+  asm volatile(
+      "{.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];}\n"
+      : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+      : "r"(address), "r"(rank)
+      : "memory");
+  return x;
+}
 
 // Four 8x8 matrices: lane 8 m + i has the address of row i of matrix m.
 __device__ inline void LoadMatrices(uint32_t (&x)[4], uint32_t address) {
@@ -183,6 +230,7 @@ __device__ inline uint32_t TileByColumns(uint32_t address) {
 }
 constexpr uint32_t Further(uint32_t tile, uint32_t bytes) { return tile + (bytes >> 4); }
 
+#define DELTANET_F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define DELTANET_F8(i)                                                                        \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
@@ -217,19 +265,64 @@ __device__ inline void AsyncProduct(float* d, const uint32_t* a, uint32_t b, boo
   }
 }
 
-// The same for 64 columns with A in shared memory, both by rows.
+// The same with A in shared memory, both by rows.
+template <int N = 64>
 __device__ inline void AsyncProductShared(float* d, uint32_t a, uint32_t b, bool add) {
-  asm volatile(
-      "{.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %35, 0;\n"
-      "mov.b64 a, {%32, %34};\nmov.b64 b, {%33, %34};\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
-      "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-      "}, a, b, p, 1, 1, 0, 0;}\n"
-      : DELTANET_F8(0), DELTANET_F8(8), DELTANET_F8(16), DELTANET_F8(24)
-      : "r"(a), "r"(b), "r"(kTileHigh), "r"(int{add}));
+  static_assert(N == 8 || N == 16 || N == 32 || N == 64 || N == 128);
+  if constexpr (N == 8) {
+    asm volatile(
+        "{.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %7, 0;\n"
+        "mov.b64 a, {%4, %6};\nmov.b64 b, {%5, %6};\n"
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3"
+        "}, a, b, p, 1, 1, 0, 0;}\n"
+        : DELTANET_F4(0)
+        : "r"(a), "r"(b), "r"(kTileHigh), "r"(int{add}));
+  } else if constexpr (N == 16) {
+    asm volatile(
+        "{.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %11, 0;\n"
+        "mov.b64 a, {%8, %10};\nmov.b64 b, {%9, %10};\n"
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7"
+        "}, a, b, p, 1, 1, 0, 0;}\n"
+        : DELTANET_F8(0)
+        : "r"(a), "r"(b), "r"(kTileHigh), "r"(int{add}));
+  } else if constexpr (N == 32) {
+    asm volatile(
+        "{.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %19, 0;\n"
+        "mov.b64 a, {%16, %18};\nmov.b64 b, {%17, %18};\n"
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+        "}, a, b, p, 1, 1, 0, 0;}\n"
+        : DELTANET_F8(0), DELTANET_F8(8)
+        : "r"(a), "r"(b), "r"(kTileHigh), "r"(int{add}));
+  } else if constexpr (N == 64) {
+    asm volatile(
+        "{.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %35, 0;\n"
+        "mov.b64 a, {%32, %34};\nmov.b64 b, {%33, %34};\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+        "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+        "}, a, b, p, 1, 1, 0, 0;}\n"
+        : DELTANET_F8(0), DELTANET_F8(8), DELTANET_F8(16), DELTANET_F8(24)
+        : "r"(a), "r"(b), "r"(kTileHigh), "r"(int{add}));
+  } else if constexpr (N == 128) {
+    asm volatile(
+        "{.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %67, 0;\n"
+        "mov.b64 a, {%64, %66};\nmov.b64 b, {%65, %66};\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+        "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
+        "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "
+        "%60, %61, %62, %63"
+        "}, a, b, p, 1, 1, 0, 0;}\n"
+        : DELTANET_F8(0), DELTANET_F8(8), DELTANET_F8(16), DELTANET_F8(24), DELTANET_F8(32), DELTANET_F8(40),
+          DELTANET_F8(48), DELTANET_F8(56)
+        : "r"(a), "r"(b), "r"(kTileHigh), "r"(int{add}));
+  }
 }
 
+#undef DELTANET_F4
 #undef DELTANET_F8
 
 // The compiler takes it that x may have changed here, and computes nothing from it in advance.

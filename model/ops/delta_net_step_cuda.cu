@@ -9,16 +9,17 @@
 // Tiling: a block is one head of one row: 2 D threads (D = K = V), which hold S in registers. Thread t has
 // columns 4 (t % (D/4)) to +3 of the state rows g, g + 8, ..., where g = t / (D/4) is one of eight groups: a
 // group reads and writes whole rows of S, 4 D bytes. For the front, thread t has channel t of q and k
-// (q: t < D), and of v, with the last three inputs of each. A token takes two barriers: what the front made is
-// in shared memory after the first (q and k before their norm, with their warps' sums), the groups' sums over S
-// after the second. The first group alone makes o, whose norm is then a matter of its lanes.
+// (q: t < D), and of v, with the last three inputs of each. A token takes two barriers: what the front made
+// is in shared memory after the first (q and k before their norm, with their warps' sums), the groups' sums
+// over S after the second. The first group alone makes o, whose norm is then a matter of its lanes.
 //
 // Bytes a row and head: 8 D^2 for S, 24 D + 24 D for the tails (float32); a token: 2 (3 D + 1) of z, D of the
 // gate, D out, twice as much in float32. D = 128: 131 KiB + 6 KiB + 1 KiB a token. 16 heads and 64, 256, 1024
 // sessions of one token: 145, 579, 2317 MB: 34, 135, 539 us at 4.3 TB/s. FLOPs: 8 D^2 a token.
 //
-// Loads of S are issued before all else and not waited for until the first barrier; with D = 128 two blocks
-// fit a multiprocessor (128 registers a thread), 128 KiB on their way.
+// The kernel begins while the one before it still runs (LaunchOverlapping). Loads of S are issued before all
+// else and not waited for until the first barrier; with D = 128 two blocks fit a multiprocessor (128
+// registers a thread), 128 KiB on their way.
 #include <cstdint>
 
 #include "model/ops/cuda_kernels.h"
@@ -86,9 +87,9 @@ class Channel {
 template <typename T, int kDim>
 __global__ void __launch_bounds__(2 * kDim, kDim == 128 ? 2 : 6)
     DeltaNetStepKernel(RaggedRows rows, DeltaNetMixerArgs args) {
-  constexpr int kLanes = kDim / 4;        // Of a group.
-  constexpr int kRows = kDim / kGroups;   // Of S, that a thread holds.
-  constexpr int kNormWarps = kDim / 32;   // That hold q, and k.
+  constexpr int kLanes = kDim / 4;       // Of a group.
+  constexpr int kRows = kDim / kGroups;  // Of S, that a thread holds.
+  constexpr int kNormWarps = kDim / 32;  // That hold q, and k.
   struct Token {
     float q[kDim], k[kDim], v[kDim];
     float sums[2 * kNormWarps];  // Of q's warps, then of k's.
@@ -100,6 +101,8 @@ __global__ void __launch_bounds__(2 * kDim, kDim == 128 ? 2 : 6)
   __shared__ float4 answered[kGroups][kLanes];    // S^T q
   __shared__ float products[kGroups];             // q k
 
+  LetNextBegin();
+  AwaitEarlier();
   const ShortConvQkvArgs& conv = args.conv;
   const int heads = static_cast<int>(conv.heads);
   const int row = blockIdx.x / heads, head = blockIdx.x % heads;
@@ -135,7 +138,7 @@ __global__ void __launch_bounds__(2 * kDim, kDim == 128 ? 2 : 6)
   for (int t = 0; t < count; ++t) {
     Token& token = tokens[t % 2];
     const float y = Activated<T>(conv.activation, qk.Next());
-    (thread < kDim ? token.q : token.k - kDim)[thread] = y;
+    *(thread < kDim ? &token.q[thread] : &token.k[thread - kDim]) = y;
     const float sum = WarpSum(l2 ? y * y : y);
     if (thread % 32 == 0) token.sums[thread / 32] = sum;
     if (has_v) token.v[thread] = Activated<T>(QkActivation::kSilu, v.Next());
@@ -244,8 +247,8 @@ bool Aligned(const SlotView& slots) {
 template <typename T, int kDim>
 absl::Status Launch(const RaggedRows& rows, const DeltaNetMixerArgs& args, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(rows.rows * args.conv.heads);
-  DeltaNetStepKernel<T, kDim><<<blocks, 2 * kDim, 0, stream>>>(rows, args);
-  return LaunchStatus("DeltaNetStepKernel");
+  return LaunchOverlapping("DeltaNetStepKernel", DeltaNetStepKernel<T, kDim>,
+                           {.grid = dim3(blocks), .threads = 2 * kDim}, stream, rows, args);
 }
 
 template <typename T>

@@ -61,8 +61,6 @@
 // cycles, half a stage's life, for there are two: some 3000 to copy, 5000 for T and 4000 with the consumer.
 // With one producer that both copied and made T and P, many rows took 151 / 142; with one warpgroup making
 // all T, few rows took as long as now: what bounds those is not yet known.
-#include <cuda.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
@@ -70,6 +68,7 @@
 #include "model/base/status_macros.h"
 #include "model/ops/cuda_kernels.h"
 #include "model/ops/cuda_sm90.cuh"
+#include "model/ops/cuda_tile_map.h"
 #include "model/ops/cuda_util.cuh"
 #include "model/ops/cuda_vector.cuh"
 #include "model/ops/delta_rule_cuda.h"
@@ -202,12 +201,14 @@ __device__ void CopyTiles(const Problem& problem, const Walk& walk, int chunk, u
                           uint32_t loaded, int thread) {
   const int token = static_cast<int>(walk.begin) + chunk * kChunk;
   const int tile = walk.head * L::kKeyTiles;
-  constexpr int kKeysBytes = L::kKeyTiles * kTileBytes;
-  if (thread == 0) CopyTileBox(stage + kKeysBytes, &problem.k, token, tile, loaded, kKeysBytes);
-  if (thread == 32) CopyTileBox(stage, &problem.q, token, tile, loaded, kKeysBytes);
+  const auto queue = [&](uint32_t to, const CUtensorMap* map, int first, int tiles) {
+    BarrierExpect(loaded, tiles * kTileBytes);
+    CopyBox(to, map, 0, token, first, loaded);
+  };
+  if (thread == 0) queue(stage + L::kKeyTiles * kTileBytes, &problem.k, tile, L::kKeyTiles);
+  if (thread == 32) queue(stage, &problem.q, tile, L::kKeyTiles);
   if (thread == 64) {
-    CopyTileBox(stage + 2 * kKeysBytes, &problem.v, token, tile + walk.part * kConsumers, loaded,
-                kConsumers * kTileBytes);
+    queue(stage + 2 * L::kKeyTiles * kTileBytes, &problem.v, tile + walk.part * kConsumers, kConsumers);
   }
 }
 
@@ -824,35 +825,18 @@ __global__ void __launch_bounds__(Layout<kKeys, kConsumers>::kThreads, 1)
     FewerRegisters<L::kCopierRegisters>();
     Produce<L, kKeys, kConsumers, true, false, true>(problem, walk, memory, 0, thread % 128);
   }
-  AwaitEarlierKernels();
+  AwaitEarlier();
 #endif
 }
 
-// A map of [tokens, columns] bfloat16, rows args.token_stride apart, as tiles of 64 x 64 for the products, of
-// which a copy takes `tiles` that are neighbours in a row.
-absl::Status MakeTileMap(const RaggedRows& rows, const DeltaRuleArgs& args, const void* from, int64_t columns,
-                         int tiles, CUtensorMap* map) {
-  static const auto encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                               cudaEnableDefault, &found);
-    return error == cudaSuccess && found == cudaDriverEntryPointSuccess
-               ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)
-               : nullptr;
-  }();
-  if (encode == nullptr) return absl::InternalError("the driver has no cuTensorMapEncodeTiled, of CUDA 12.0");
-  const cuuint64_t sizes[] = {64, static_cast<cuuint64_t>(rows.tokens),
-                              static_cast<cuuint64_t>(columns / 64)};
-  const cuuint64_t strides[] = {static_cast<cuuint64_t>(args.token_stride) * sizeof(__nv_bfloat16), 128};
-  const cuuint32_t box[] = {64, 64, static_cast<cuuint32_t>(tiles)}, steps[] = {1, 1, 1};
-  const CUresult result =
-      encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(from), sizes, strides, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result == CUDA_SUCCESS) return absl::OkStatus();
-  return absl::InternalError(absl::StrCat("cuTensorMapEncodeTiled of [", rows.tokens, ",", columns,
-                                          "], row stride ", args.token_stride, ": error ", int{result}));
+// The map of a [tokens, columns] matrix, rows args.token_stride apart, as [columns / 64, tokens, 64], of
+// which a copy takes a chunk of `tiles`.
+absl::Status MapTiles(const RaggedRows& rows, const DeltaRuleArgs& args, const void* from, int tiles,
+                      CUtensorMap* map) {
+  const auto bytes = static_cast<uint64_t>(args.token_stride) * sizeof(__nv_bfloat16);
+  const auto columns = static_cast<uint64_t>(args.heads * args.key_dim);
+  return MapBoxes<3>(from, {64, static_cast<uint64_t>(rows.tokens), columns / 64},
+                     {bytes, kTileBytes / kChunk}, {64, kChunk, static_cast<uint32_t>(tiles)}, map);
 }
 
 template <int kKeys, int kConsumers, bool kNarrow>
@@ -877,9 +861,9 @@ absl::Status Launch(const RaggedRows& rows, const DeltaRuleArgs& args, bool with
   config.attrs = &beside;
   config.numAttrs = with_short_rows ? 1 : 0;
   Problem problem{.rows = rows, .args = args};
-  RETURN_IF_ERROR(MakeTileMap(rows, args, args.q, args.heads * kKeys, L::kKeyTiles, &problem.q));
-  RETURN_IF_ERROR(MakeTileMap(rows, args, args.k, args.heads * kKeys, L::kKeyTiles, &problem.k));
-  RETURN_IF_ERROR(MakeTileMap(rows, args, args.v, args.heads * kKeys, kConsumers, &problem.v));
+  RETURN_IF_ERROR(MapTiles(rows, args, args.q, L::kKeyTiles, &problem.q));
+  RETURN_IF_ERROR(MapTiles(rows, args, args.k, L::kKeyTiles, &problem.k));
+  RETURN_IF_ERROR(MapTiles(rows, args, args.v, kConsumers, &problem.v));
   if (cudaLaunchKernelEx(&config, kernel, problem) != cudaSuccess)
     return LaunchStatus("DeltaRuleChunkKernel");
   return absl::OkStatus();
@@ -890,17 +874,6 @@ absl::Status Launch(const RaggedRows& rows, const DeltaRuleArgs& args, bool with
                     cudaStream_t stream) {
   return args.out_bfloat16 != nullptr ? Launch<kKeys, kConsumers, true>(rows, args, with_short_rows, stream)
                                       : Launch<kKeys, kConsumers, false>(rows, args, with_short_rows, stream);
-}
-
-// Whether the program has the kernel's code for sm_90a. Without, a device compiles the empty one of older
-// PTX.
-bool BuiltForHopper() {
-  static const bool built = [] {
-    cudaFuncAttributes attributes;
-    return cudaFuncGetAttributes(&attributes, DeltaRuleChunkKernel<64, 1, true>) == cudaSuccess &&
-           attributes.ptxVersion >= 90;
-  }();
-  return built;
 }
 
 }  // namespace
@@ -914,7 +887,10 @@ int64_t DeltaRuleChunkCudaBlocks(int device, DType dtype, int64_t key_dim, int64
       get(cudaDevAttrComputeCapabilityMajor) == 9 && get(cudaDevAttrComputeCapabilityMinor) == 0;
   const bool has_kernel = dtype == DType::kBFloat16 && key_dim == value_dim &&
                           (key_dim == 64 || key_dim == 128 || key_dim == 256);
-  return hopper && has_kernel && BuiltForHopper() ? get(cudaDevAttrMultiProcessorCount) : 0;
+  return hopper && has_kernel &&
+                 RunsHopperCode(reinterpret_cast<const void*>(&DeltaRuleChunkKernel<64, 1, true>))
+             ? get(cudaDevAttrMultiProcessorCount)
+             : 0;
 }
 
 bool DeltaRuleChunkCudaTakes(const DeltaRuleArgs& args) {

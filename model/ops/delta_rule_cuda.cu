@@ -36,7 +36,7 @@ __device__ inline float LanesSum(float x) {
 template <typename T, int kRows>
 __global__ void __launch_bounds__(kThreads)
     DeltaRuleKernel(RaggedRows rows, DeltaRuleArgs args, int64_t most) {
-  LetNextKernelStart();  // The kernel by chunks, for the other rows.
+  LetNextBegin();  // The kernel by chunks, for the other rows.
   extern __shared__ float shared[];
   const int K = static_cast<int>(args.key_dim), V = static_cast<int>(args.value_dim);
   float* tile_q = shared;                     // [kTile, K]

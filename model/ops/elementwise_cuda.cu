@@ -19,15 +19,11 @@ dim3 RowPieces(int64_t rows, int64_t vectors, int threads) {
   return {static_cast<unsigned>(rows), static_cast<unsigned>((vectors + threads - 1) / threads)};
 }
 
-template <typename T>
-__device__ inline float Gated(GateKind kind, float first, float second) {
-  return kind == GateKind::kSigmoidSecond ? first * SigmoidFor<T>(second)
-                                          : first * SigmoidFor<T>(first) * second;
-}
-
 // A block is a piece of a row, a thread kN neighbouring values of it.
 template <typename T, int kN>
 __global__ void GatedUnitKernel(GatedUnitArgs args) {
+  LetNextBegin();
+  AwaitEarlier();
   const int64_t n = blockIdx.x, f = args.width;
   const int64_t i = kN * (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x);
   if (i >= f) return;
@@ -48,15 +44,17 @@ __global__ void GatedUnitKernel(GatedUnitArgs args) {
 }
 
 template <typename T>
-void LaunchGatedUnit(const GatedUnitArgs& args, cudaStream_t stream) {
+absl::Status LaunchGatedUnit(const GatedUnitArgs& args, cudaStream_t stream) {
   constexpr int kN = 16 / sizeof(T);
   if (args.width % kN == 0 && Aligned16({args.x, args.bias, args.out})) {
     const int threads = BlockThreads(args.width / kN);
-    GatedUnitKernel<T, kN><<<RowPieces(args.rows, args.width / kN, threads), threads, 0, stream>>>(args);
-  } else {
-    const int threads = BlockThreads(args.width);
-    GatedUnitKernel<T, 1><<<RowPieces(args.rows, args.width, threads), threads, 0, stream>>>(args);
+    return LaunchOverlapping("GatedUnitKernel", GatedUnitKernel<T, kN>,
+                             {.grid = RowPieces(args.rows, args.width / kN, threads), .threads = threads}, stream,
+                             args);
   }
+  const int threads = BlockThreads(args.width);
+  return LaunchOverlapping("GatedUnitKernel", GatedUnitKernel<T, 1>,
+                           {.grid = RowPieces(args.rows, args.width, threads), .threads = threads}, stream, args);
 }
 
 // A block is a piece of a token's row, a thread kN neighbouring values of it.
@@ -103,12 +101,8 @@ unsigned Blocks(int64_t values) { return static_cast<unsigned>((values + kThread
 absl::Status GatedUnitCuda(const GatedUnitArgs& args, void* stream) {
   if (args.rows == 0) return absl::OkStatus();
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  if (args.dtype == DType::kBFloat16) {
-    LaunchGatedUnit<__nv_bfloat16>(args, cuda_stream);
-  } else {
-    LaunchGatedUnit<float>(args, cuda_stream);
-  }
-  return LaunchStatus("GatedUnitKernel");
+  return args.dtype == DType::kBFloat16 ? LaunchGatedUnit<__nv_bfloat16>(args, cuda_stream)
+                                        : LaunchGatedUnit<float>(args, cuda_stream);
 }
 
 absl::Status EmbedCuda(const RaggedRows& rows, const EmbedArgs& args, void* stream) {

@@ -1,8 +1,9 @@
-// Products go to LibTorch's library (cuBLAS, MKL), but on the CPU those in a fixed order, whose rows' bits
-// must not depend on their number: those of MKL's do (by the kernel, which it chooses by m; by where in a
-// block a row stands, where n < 12 and rows are no multiple of 16 bytes).
+// Products go to LibTorch's library (cuBLAS, MKL), but for two kinds: those of few rows in bfloat16 on a GPU that
+// has our kernel (gemm_skinny_cuda.cu), and on the CPU those in a fixed order, whose rows' bits must not depend on
+// their number: those of MKL's do (by the kernel, which it chooses by m; by where in a block a row stands, where
+// n < 12 and rows are no multiple of 16 bytes).
 //
-// Tiling of these: rows in blocks that stay in the L2, columns in blocks of kBlockColumns, and such pairs of
+// Tiling of the latter: rows in blocks that stay in the L2, columns in blocks of kBlockColumns, and such pairs of
 // blocks shared out to the threads. Within a pair a tile of 3 x 4 sums (6 x 4 with AVX-512), a vector each,
 // runs through all of k: 7 loads for 12 multiply-adds (10 for 24), those of b out of the L1. Lanes are added
 // up at the end.
@@ -24,6 +25,7 @@
 #include "absl/strings/str_cat.h"
 #include "model/base/status_macros.h"
 #include "model/ops/cpu/dispatch.h"
+#include "model/ops/cuda_kernels.h"
 
 namespace deltanet {
 namespace {
@@ -107,6 +109,7 @@ absl::Status Gemm(const GemmArgs& args, const OpContext& context) {
     MultiplyInFixedOrder(args, context);
     return absl::OkStatus();
   }
+  if (const FusedGemmArgs alone = {.gemm = args}; FusedGemmTakes(alone, context)) return FusedGemm(alone, context);
   c10::InferenceMode no_gradients;
   const at::TensorOptions operands = Options(args.dtype, context.device);
   const at::TensorOptions result = Options(args.c_dtype, context.device);
@@ -124,6 +127,23 @@ absl::Status Gemm(const GemmArgs& args, const OpContext& context) {
       at::mm_out(c, a, b, at::kFloat);
     }
   }
+  return absl::OkStatus();
+}
+
+bool FusedGemmTakes([[maybe_unused]] const FusedGemmArgs& args, [[maybe_unused]] const OpContext& context) {
+  CUDA_DOOR(GemmSkinnyCudaTakes(args));
+  return false;
+}
+
+absl::Status FusedGemm(const FusedGemmArgs& args, const OpContext& context) {
+  if (!FusedGemmTakes(args, context)) {
+    return absl::InvalidArgumentError(absl::StrCat("there is no fused product of [", args.gemm.m, ",", args.gemm.k,
+                                                   "] and the transpose of [", args.gemm.n, ",", args.gemm.k,
+                                                   "] in ", DTypeName(args.gemm.dtype), " on ",
+                                                   DeviceName(context.device)));
+  }
+  if (args.gemm.m == 0) return absl::OkStatus();
+  CUDA_DOOR(GemmSkinnyCuda(args, context.stream));
   return absl::OkStatus();
 }
 

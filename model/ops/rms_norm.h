@@ -35,7 +35,8 @@ struct AddRmsNormArgs {
 };
 
 // Bytes a token: 4d (2d, if bfloat16) for each of x, delta, sum, normed that is there. INVALID_ARGUMENT on
-// sizes or device.
+// sizes or device. On CUDA, scale is a constant: it may be read before what was queued on the stream just before has
+// run.
 absl::Status AddRmsNorm(const AddRmsNormArgs& args, const OpContext& context);
 
 }  // namespace deltanet

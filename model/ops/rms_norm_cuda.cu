@@ -1,8 +1,8 @@
 // Residual addition and RMSNorm on a GPU, a block an output row. A thread holds up to kMostHeld times four
 // neighbouring values of the row in registers from the sum of squares to the result, so that all is read
-// once, 16 bytes at a time (8 of bfloat16). The sum goes out, and the scale is on its way in, while the block
-// adds up its squares. Rows that are wider, or not aligned so, go value by value, and their inputs are read a
-// second time (from the L1).
+// once, 16 bytes at a time (8 of bfloat16). The sum goes out while the block adds up
+// its squares; the scale comes in while the kernel before may still run. Rows that are wider, or not aligned so,
+// go value by value, and their inputs are read a second time (from the L1).
 //
 // Bytes a token: (8 + 2) d for x, sum and bfloat16 delta, and 2 d for bfloat16 normed: 24 KiB at d = 2048,
 // 403 MB for 16,384 tokens, which take 94 us at 4.3 TB/s.
@@ -26,6 +26,8 @@ __device__ inline float RmsFactor(float squares, int64_t width, const RmsEpsilon
 
 template <typename T>
 __global__ void AddRmsNormKernel(AddRmsNormArgs args) {
+  LetNextBegin();
+  AwaitEarlier();
   __shared__ float scratch[32];
   const int64_t n = blockIdx.x;
   const int64_t d = args.width;
@@ -64,10 +66,10 @@ __global__ void AddRmsNormKernel(AddRmsNormArgs args) {
 // The same for aligned rows of at most kVector kHeld values a thread.
 template <typename T, int kHeld>
 __global__ void AddRmsNormHeldKernel(AddRmsNormArgs args) {
+  LetNextBegin();
   __shared__ float scratch[32];
   const int64_t n = blockIdx.x;
   const int d = static_cast<int>(args.width);
-  const int64_t from = (args.gather != nullptr ? args.gather[n] : n) * d, to = n * d;
   // Calls body(h, i) for the thread's vectors h, which begin at value i of the row.
   const auto for_held = [&](auto body) {
 #pragma unroll
@@ -77,6 +79,9 @@ __global__ void AddRmsNormHeldKernel(AddRmsNormArgs args) {
     }
   };
   float held[kHeld][kVector], scale[kHeld][kVector];
+  if (args.scale != nullptr) for_held([&](int h, int i) { Load<kVector>(args.scale + i, scale[h]); });
+  AwaitEarlier();
+  const int64_t from = (args.gather != nullptr ? args.gather[n] : n) * d, to = n * d;
   for_held([&](int h, int i) { Load<kVector>(args.x + from + i, held[h]); });
   const auto add = [&](const auto* values) {
     for_held([&](int h, int i) {
@@ -88,7 +93,6 @@ __global__ void AddRmsNormHeldKernel(AddRmsNormArgs args) {
   };
   if (args.delta != nullptr) add(static_cast<const T*>(args.delta) + from);
   if (args.bias != nullptr) add(args.bias);
-  if (args.scale != nullptr) for_held([&](int h, int i) { Load<kVector>(args.scale + i, scale[h]); });
   // A thread has read all that it writes over, so sum and normed may be x or delta.
   if (args.sum != nullptr) for_held([&](int h, int i) { Store<kVector>(held[h], args.sum + to + i); });
   if (args.normed == nullptr) return;
@@ -112,33 +116,25 @@ __global__ void AddRmsNormHeldKernel(AddRmsNormArgs args) {
   }
 }
 
-// Rows that a block's threads can hold.
+// For rows of as many vectors, which a block's threads can hold.
 template <typename T>
-void LaunchHeld(const AddRmsNormArgs& args, cudaStream_t stream) {
-  const unsigned rows = static_cast<unsigned>(args.rows);
-  const int64_t vectors = args.width / kVector;
-  const int threads = BlockThreads(vectors);
-  if (vectors <= threads) {
-    AddRmsNormHeldKernel<T, 1><<<rows, threads, 0, stream>>>(args);
-  } else if (vectors <= 2 * threads) {
-    AddRmsNormHeldKernel<T, 2><<<rows, threads, 0, stream>>>(args);
-  } else if (vectors <= 4 * threads) {
-    AddRmsNormHeldKernel<T, 4><<<rows, threads, 0, stream>>>(args);
-  } else {
-    AddRmsNormHeldKernel<T, kMostHeld><<<rows, threads, 0, stream>>>(args);
-  }
+auto HeldKernel(int64_t vectors, int threads) {
+  if (vectors <= threads) return AddRmsNormHeldKernel<T, 1>;
+  if (vectors <= 2 * threads) return AddRmsNormHeldKernel<T, 2>;
+  if (vectors <= 4 * threads) return AddRmsNormHeldKernel<T, 4>;
+  return AddRmsNormHeldKernel<T, kMostHeld>;
 }
 
 template <typename T>
-void Launch(const AddRmsNormArgs& args, cudaStream_t stream) {
-  const unsigned rows = static_cast<unsigned>(args.rows);
-  const int threads = BlockThreads(args.width);
+absl::Status Launch(const AddRmsNormArgs& args, cudaStream_t stream) {
+  LaunchShape shape{.grid = dim3(static_cast<unsigned>(args.rows)), .threads = BlockThreads(args.width)};
+  auto kernel = AddRmsNormKernel<T>;
   if (args.width % kVector == 0 && args.width <= kVector * kMostHeld * kMostThreads &&
       Aligned16({args.x, args.delta, args.bias, args.sum, args.scale, args.normed})) {
-    LaunchHeld<T>(args, stream);
-  } else {
-    AddRmsNormKernel<T><<<rows, threads, 0, stream>>>(args);
+    shape.threads = BlockThreads(args.width / kVector);
+    kernel = HeldKernel<T>(args.width / kVector, shape.threads);
   }
+  return LaunchOverlapping("AddRmsNormKernel", kernel, shape, stream, args);
 }
 
 }  // namespace
@@ -146,12 +142,8 @@ void Launch(const AddRmsNormArgs& args, cudaStream_t stream) {
 absl::Status AddRmsNormCuda(const AddRmsNormArgs& args, void* stream) {
   if (args.rows == 0) return absl::OkStatus();
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  if (args.delta_dtype == DType::kBFloat16) {
-    Launch<__nv_bfloat16>(args, cuda_stream);
-  } else {
-    Launch<float>(args, cuda_stream);
-  }
-  return LaunchStatus("AddRmsNormKernel");
+  return args.delta_dtype == DType::kBFloat16 ? Launch<__nv_bfloat16>(args, cuda_stream)
+                                              : Launch<float>(args, cuda_stream);
 }
 
 }  // namespace deltanet

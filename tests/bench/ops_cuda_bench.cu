@@ -1,7 +1,9 @@
-// What lies between the products of a `delta_net` layer, on a GPU, at the sizes of the 1.3B model in bfloat16
-// (d = 2048, 16 heads of 128, f = 5632). A JSON line a case: the median time of a CUDA graph that holds one
-// call, the bytes that the call has to move in that time, and that rate as a share of a plain copy's,
-// measured first. Steps of few tokens stay in the L2.
+// A `delta_net` layer's operators on a GPU, at the sizes of the 1.3B model in bfloat16 (d = 2048, 16 heads of 128,
+// f = 5632). A JSON line a case: the median time of a CUDA graph that holds one call, the bytes that the call has to
+// move in that time, and that rate as a share of a plain copy's, measured first. Steps of few tokens stay in the L2.
+//
+// Products are those of few tokens that are our own (on Hopper). Of them a graph holds a row, each with another
+// matrix, so that these come from memory, and the time is one's share of the row's: the next begins while one ends.
 //
 //   ops_cuda_bench [REPLAYS]     (30)
 #include <algorithm>
@@ -10,7 +12,9 @@
 #include <cstdlib>
 #include <vector>
 
+#include "model/ops/cuda_kernels.h"
 #include "model/ops/elementwise.h"
+#include "model/ops/gemm.h"
 #include "model/ops/output_norm.h"
 #include "model/ops/rms_norm.h"
 #include "model/ops/short_conv.h"
@@ -21,6 +25,7 @@ namespace {
 
 constexpr int64_t kD = 2048, kHeads = 16, kSize = 128, kF = 5632, kTaps = 4;
 constexpr int64_t kQkv = 3 * kD, kGate = kQkv + kHeads, kZStride = kGate + kD, kOutStride = kQkv + kHeads;
+constexpr int64_t kMatrixBytes = int64_t{512} << 20;  // Of weights: many times the L2.
 constexpr RmsEpsilon kNormEpsilon = {.after = 0.0f, .inside = 1e-5f};
 
 class Bench {
@@ -32,12 +37,14 @@ class Bench {
         narrow_(most_tokens * kD),
         normed_(most_tokens * kD),
         wide_(most_tokens * 2 * kF),
-        gated_(most_tokens * std::max(kF, kOutStride)) {
+        gated_(most_tokens * std::max(kF, kOutStride)),
+        matrices_(kMatrixBytes / 2) {
     Check(cudaStreamCreate(&stream_), "stream");
     Clear(x_, most_tokens * kD);
     Clear(scale_, kF);
     Clear(narrow_, most_tokens * kD);
     Clear(wide_, most_tokens * 2 * kF);
+    Clear(matrices_, kMatrixBytes / 2);
     const int64_t bytes = most_tokens * kF * 2;
     const double us = MedianMicroseconds(stream_, replays_, [&] {
       Check(cudaMemcpyAsync(gated_.data(), wide_.data(), bytes, cudaMemcpyDeviceToDevice, stream_), "copy");
@@ -84,6 +91,31 @@ class Bench {
                               .gate_stride = kZStride,
                               .out = normed_.data()};
     Measure("OutputNorm", N, 6.0 * kD * N, [&] { return OutputNorm(args, context()); });
+  }
+
+  // m rows times a matrix [n, k].
+  void Product(const char* op, int64_t m, int64_t n, int64_t k) {
+    const int64_t matrices = kMatrixBytes / (2 * n * k);
+    GemmArgs args{.dtype = DType::kBFloat16,
+                  .c_dtype = DType::kBFloat16,
+                  .m = m,
+                  .n = n,
+                  .k = k,
+                  .a = wide_.data(),
+                  .lda = k,
+                  .ldb = k,
+                  .c = gated_.data(),
+                  .ldc = n};
+    args.b = matrices_.data();
+    if (!GemmSkinnyCudaTakes({.gemm = args})) return;
+    const double us = MedianMicroseconds(stream_, replays_, [&]() -> absl::Status {
+      for (int64_t i = 0; i < matrices; ++i) {
+        args.b = matrices_.data() + i * n * k;
+        if (absl::Status status = GemmSkinnyCuda({.gemm = args}, stream_); !status.ok()) return status;
+      }
+      return absl::OkStatus();
+    });
+    Print(op, m, us / static_cast<double>(matrices), 2.0 * static_cast<double>(n * k + m * (n + k)));
   }
 
   // R rows of T tokens.
@@ -149,7 +181,7 @@ class Bench {
   cudaStream_t stream_ = nullptr;
   double copy_rate_ = 0;  // Bytes a microsecond, read and written.
   const Array<float> x_, scale_;
-  const Array<uint16_t> narrow_, normed_, wide_, gated_;
+  const Array<uint16_t> narrow_, normed_, wide_, gated_, matrices_;
 };
 
 }  // namespace
@@ -162,6 +194,13 @@ int main(int argc, char** argv) {
     return 77;
   }
   deltanet::Bench bench(16384, argc > 1 ? std::atoi(argv[1]) : 30);
+  for (const int64_t m : {1, 16, 48, 64, 128}) {
+    bench.Product("product to q, k, v, beta", m, deltanet::kGate, deltanet::kD);
+    bench.Product("product out", m, deltanet::kD, deltanet::kD);
+    bench.Product("product to gate and up", m, 2 * deltanet::kF, deltanet::kD);
+    bench.Product("product down", m, deltanet::kD, deltanet::kF);
+    bench.Product("product to logits", m, 32000, deltanet::kD);
+  }
   for (const int64_t tokens : {1, 32, 256, 2048, 16384}) {
     bench.Norm(tokens);
     bench.Gated(tokens);

@@ -25,17 +25,19 @@ constexpr Sizes kSizes[] = {{1, 1},   {1, 9},    {2, 15},   {3, 17},    {5, 7}, 
                             {11, 31}, {12, 100}, {23, 65},  {24, 24},   {25, 129},  {64, 64},   {193, 64},
                             {65, 66}, {97, 300}, {384, 96}, {256, 256}, {300, 512}, {1000, 40}, {144, 1400}};
 
-// A product of random operands on a device, kept in `dtype`, into float32.
+// A product of random operands on a device, kept in `dtype`, into `c_dtype`.
 class Product {
  public:
-  Product(const Mode& mode, const Sizes& sizes, int64_t rows)
+  Product(const Mode& mode, const Sizes& sizes, int64_t rows, DType c_dtype = DType::kFloat32, int64_t band = 3)
       : mode_(mode),
         sizes_(sizes),
+        c_dtype_(c_dtype),
+        stride_(sizes.n + band),
         stream_(mode.device),
         a_(Rounded(RandomNormal(rows * sizes.k, 1), mode.dtype)),
         b_(Rounded(RandomNormal(sizes.n * sizes.k, 2, 1 / std::sqrt(static_cast<float>(sizes.k))),
                    mode.dtype)),
-        b_on_device_(OnDevice(b_)) {}
+        b_on_device_(OnDevice(b_, mode.dtype)) {}
 
   const float* a(int64_t row) const { return a_.data() + row * sizes_.k; }
   const float* b(int64_t column) const { return b_.data() + column * sizes_.k; }
@@ -45,7 +47,7 @@ class Product {
     return CheckFixedOrder(Args(), {mode_.device, RunSerially, stream_.handle()});
   }
 
-  // The product of these rows of a, of which -1 is one of NaN. [rows, n + 3], NaN at first.
+  // The product of these rows of a, of which -1 is one of NaN. [rows, n + band], NaN at first.
   std::vector<float> Run(const std::vector<int64_t>& rows, bool fixed_order,
                          ParallelFor parallel_for = RunSerially) {
     const int64_t m = static_cast<int64_t>(rows.size());
@@ -54,41 +56,47 @@ class Product {
     for (int64_t i = 0; i < m; ++i) {
       if (rows[i] >= 0) std::copy_n(this->a(rows[i]), sizes_.k, a.begin() + i * sizes_.k);
     }
-    const DeviceBuffer a_on_device = OnDevice(a);
-    const std::vector<float> nothing(whole * (sizes_.n + 3), kNaN);
-    DeviceBuffer c_on_device(mode_.device, nothing.size() * sizeof(float));
-    stream_.Copy(c_on_device.data(), nothing.data(), nothing.size() * sizeof(float));
+    const DeviceBuffer a_on_device = OnDevice(a, mode_.dtype);
+    // A row more on either side, to stay NaN.
+    const std::vector<float> nothing((whole + 2) * stride_, kNaN);
+    const DeviceBuffer c_on_device = OnDevice(nothing, c_dtype_);
     GemmArgs args = Args();
     args.m = m;
     args.a = a_on_device.data();
-    args.c = c_on_device.data();
-    args.ldc = sizes_.n + 3;
+    args.c = c_on_device.data() + stride_ * DTypeBytes(c_dtype_);
+    args.ldc = stride_;
     args.fixed_order = fixed_order;
     {
       const DeviceStream::Current current(stream_);
       const absl::Status status = Gemm(args, {mode_.device, parallel_for, stream_.handle()});
       EXPECT_TRUE(status.ok()) << status;
     }
-    std::vector<float> c(m * (sizes_.n + 3));
-    stream_.Copy(c.data(), c_on_device.data(), c.size() * sizeof(float));
+    std::vector<char> raw(nothing.size() * DTypeBytes(c_dtype_));
+    stream_.Copy(raw.data(), c_on_device.data(), static_cast<int64_t>(raw.size()));
     stream_.Synchronize();
-    return c;
+    std::vector<float> c(nothing.size());
+    ConvertElements(raw.data(), c_dtype_, c.data(), DType::kFloat32, static_cast<int64_t>(c.size()));
+    const auto is_nan = [](float x) { return std::isnan(x); };
+    EXPECT_TRUE(std::all_of(c.begin(), c.begin() + stride_, is_nan)) << "before the product";
+    EXPECT_TRUE(std::all_of(c.end() - stride_, c.end(), is_nan)) << "behind the product";
+    return {c.begin() + stride_, c.begin() + (m + 1) * stride_};
   }
 
  private:
   GemmArgs Args() const {
     GemmArgs args;
     args.dtype = mode_.dtype;
+    args.c_dtype = c_dtype_;
     args.n = sizes_.n;
     args.k = args.lda = args.ldb = sizes_.k;
     args.b = b_on_device_.data();
     return args;
   }
 
-  DeviceBuffer OnDevice(const std::vector<float>& values) {
-    const int64_t bytes = static_cast<int64_t>(values.size()) * DTypeBytes(mode_.dtype);
+  DeviceBuffer OnDevice(const std::vector<float>& values, DType dtype) {
+    const int64_t bytes = static_cast<int64_t>(values.size()) * DTypeBytes(dtype);
     std::vector<char> raw(bytes);
-    ConvertElements(values.data(), DType::kFloat32, raw.data(), mode_.dtype, values.size());
+    ConvertElements(values.data(), DType::kFloat32, raw.data(), dtype, values.size());
     DeviceBuffer buffer(mode_.device, bytes);
     stream_.Copy(buffer.data(), raw.data(), bytes);
     stream_.Synchronize();
@@ -97,9 +105,33 @@ class Product {
 
   const Mode mode_;
   const Sizes sizes_;
+  const DType c_dtype_;
+  const int64_t stride_;
   DeviceStream stream_;
   const std::vector<float> a_, b_;
   const DeviceBuffer b_on_device_;
+};
+
+// Sums as plain code has them in float32. Tensor cores cut off what an addition has beyond float32's last place
+// instead of rounding, so for bfloat16 on a GPU plain code does.
+class PlainSum {
+ public:
+  explicit PlainSum(const Mode& mode)
+      : cuts_off_(mode.device.type == DeviceType::kCuda && mode.dtype == DType::kBFloat16) {}
+  void Add(float a, float b) {
+    if (!cuts_off_) {
+      sum_ += a * b;
+      return;
+    }
+    const double exact = static_cast<double>(sum_) + static_cast<double>(a) * b;
+    sum_ = static_cast<float>(exact);
+    if (std::fabs(static_cast<double>(sum_)) > std::fabs(exact)) sum_ = std::nextafter(sum_, 0.0f);
+  }
+  float value() const { return sum_; }
+
+ private:
+  const bool cuts_off_;
+  float sum_ = 0;
 };
 
 class GemmTest : public testing::TestWithParam<Mode> {
@@ -120,10 +152,12 @@ TEST_P(GemmTest, IsAsGoodAsPlainSumsAndWritesItsColumnsAlone) {
       std::vector<double> exact(m * sizes.n);
       for (int64_t i = 0; i < m; ++i) {
         for (int64_t j = 0; j < sizes.n; ++j) {
+          PlainSum sum(GetParam());
           for (int64_t l = 0; l < sizes.k; ++l) {
-            plain[i * sizes.n + j] += product.a(i)[l] * product.b(j)[l];
+            sum.Add(product.a(i)[l], product.b(j)[l]);
             exact[i * sizes.n + j] += static_cast<double>(product.a(i)[l]) * product.b(j)[l];
           }
+          plain[i * sizes.n + j] = sum.value();
         }
       }
       for (const bool fixed_order : {false, true}) {
@@ -138,6 +172,195 @@ TEST_P(GemmTest, IsAsGoodAsPlainSumsAndWritesItsColumnsAlone) {
     }
   }
 }
+
+#ifdef DELTANET_CUDA
+// Products that a step of the 1.3B model makes, and such of odd sizes, with few rows. Of large ones some columns are
+// looked at, the last ones among them.
+TEST(GemmCudaTest, OfFewRowsIsAsGoodAsPlainSumsAndWritesItsColumnsAlone) {
+  const Mode mode{"cuda_bfloat16", {DeviceType::kCuda, 0}, DType::kBFloat16};
+  SKIP_WITHOUT_DEVICE(mode);
+  constexpr Sizes kFewRowsSizes[] = {{6160, 2048}, {2048, 2048}, {11264, 2048}, {2048, 5632}, {32000, 256},
+                                     {1001, 2056}, {129, 72},    {127, 5632},   {1, 520},     {77, 64}};
+  constexpr int64_t kMostRows = 129;
+  std::vector<int64_t> rows(kMostRows);
+  for (int64_t i = 0; i < kMostRows; ++i) rows[i] = i;
+  for (const Sizes& sizes : kFewRowsSizes) {
+    for (const DType c_dtype : {DType::kFloat32, DType::kBFloat16}) {
+      const int64_t band = c_dtype == DType::kFloat32 ? 3 : 8 + (8 - sizes.n % 8) % 8;
+      Product product(mode, sizes, kMostRows, c_dtype, band);
+      std::vector<int64_t> columns;
+      for (int64_t j = sizes.n - 1; j >= 0; j -= j > sizes.n - 20 ? 1 : 1 + sizes.n / 40) columns.push_back(j);
+      const int64_t count = static_cast<int64_t>(columns.size());
+      std::vector<float> plain(kMostRows * count);
+      std::vector<double> exact(kMostRows * count);
+      for (int64_t i = 0; i < kMostRows; ++i) {
+        for (int64_t j = 0; j < count; ++j) {
+          PlainSum sum(mode);
+          for (int64_t l = 0; l < sizes.k; ++l) {
+            sum.Add(product.a(i)[l], product.b(columns[j])[l]);
+            exact[i * count + j] += static_cast<double>(product.a(i)[l]) * product.b(columns[j])[l];
+          }
+          plain[i * count + j] = sum.value();
+        }
+      }
+      for (const int64_t m : {1, 5, 8, 9, 16, 17, 33, 64, 65, 128, 129}) {
+        SCOPED_TRACE(absl::StrCat("[", m, ",", sizes.k, "] x [", sizes.k, ",", sizes.n, "] into ",
+                                  DTypeName(c_dtype)));
+        const std::vector<float> c = product.Run({rows.begin(), rows.begin() + m}, false);
+        std::vector<float> got(m * count);
+        for (int64_t i = 0; i < m; ++i) {
+          for (int64_t j = 0; j < count; ++j) got[i * count + j] = c[i * (sizes.n + band) + columns[j]];
+          for (int64_t j = 0; j < sizes.n; ++j) ASSERT_FALSE(std::isnan(c[i * (sizes.n + band) + j]));
+          for (int64_t j = sizes.n; j < sizes.n + band; ++j) {
+            ASSERT_TRUE(std::isnan(c[i * (sizes.n + band) + j]));
+          }
+        }
+        ExpectAsGoodAsPlain(got.data(), plain.data(), exact.data(), m * count, "few rows", c_dtype);
+        const std::vector<float> again = product.Run({rows.begin(), rows.begin() + m}, false);
+        for (int64_t i = 0; i < m; ++i) {
+          ASSERT_TRUE(SameBits(&c[i * (sizes.n + band)], &again[i * (sizes.n + band)], sizes.n));
+        }
+      }
+    }
+  }
+}
+
+// What surrounds a product: a norm's factor before it, an addition or a gate after it.
+TEST(GemmCudaTest, FusedIsAsGoodAsPlainCodeAndWritesItsColumnsAlone) {
+  using Then = FusedGemmArgs::Then;
+  const Mode mode{"cuda_bfloat16", {DeviceType::kCuda, 0}, DType::kBFloat16};
+  SKIP_WITHOUT_DEVICE(mode);
+  DeviceStream stream(mode.device);
+  const OpContext context{mode.device, RunSerially, stream.handle()};
+  const DeviceStream::Current current(stream);
+  const auto on_device = [&](const std::vector<float>& values, DType dtype) {
+    std::vector<char> raw(values.size() * DTypeBytes(dtype));
+    ConvertElements(values.data(), DType::kFloat32, raw.data(), dtype, static_cast<int64_t>(values.size()));
+    DeviceBuffer buffer(mode.device, static_cast<int64_t>(raw.size()));
+    stream.Copy(buffer.data(), raw.data(), buffer.bytes());
+    stream.Synchronize();
+    return buffer;
+  };
+  const auto on_host = [&](const DeviceBuffer& buffer, DType dtype) {
+    std::vector<char> raw(buffer.bytes());
+    stream.Copy(raw.data(), buffer.data(), buffer.bytes());
+    stream.Synchronize();
+    std::vector<float> values(buffer.bytes() / DTypeBytes(dtype));
+    ConvertElements(raw.data(), dtype, values.data(), DType::kFloat32, static_cast<int64_t>(values.size()));
+    return values;
+  };
+  constexpr RmsEpsilon kEpsilons = {.after = 0.25f, .inside = 0.5f};
+  for (const Sizes& sizes : {Sizes{264, 72}, Sizes{136, 1024}, Sizes{1032, 200}, Sizes{8, 512}}) {
+    const int64_t n = sizes.n, k = sizes.k;
+    const std::vector<float> b = Rounded(RandomNormal(n * k, 2, 1 / std::sqrt(static_cast<float>(k))), mode.dtype);
+    const DeviceBuffer b_there = on_device(b, mode.dtype);
+    const std::vector<float> scale = RandomNormal(n, 3);
+    const DeviceBuffer scale_there = on_device(scale, DType::kFloat32);
+    for (const int64_t m : {1, 7, 8, 16, 33, 64, 100, 128}) {
+      const std::vector<float> a = Rounded(RandomNormal(m * k, 1), mode.dtype);
+      const DeviceBuffer a_there = on_device(a, mode.dtype);
+      std::vector<float> squares = RandomNormal(m * SquaresWidth(k), 4);
+      for (float& square : squares) square *= square * static_cast<float>(k);
+      const DeviceBuffer squares_there = on_device(squares, DType::kFloat32);
+      const std::vector<float> before = RandomNormal(m * n, 5);
+      std::vector<float> factors(m), plain(m * n);  // Of the products.
+      std::vector<double> exact_factors(m), exact(m * n);
+      for (int64_t i = 0; i < m; ++i) {
+        float sum = 0;
+        double exact_sum = 0;
+        for (int64_t j = 0; j < SquaresWidth(k); ++j) {
+          sum += squares[i * SquaresWidth(k) + j];
+          exact_sum += squares[i * SquaresWidth(k) + j];
+        }
+        factors[i] = 1 / (std::sqrt(sum / static_cast<float>(k) + kEpsilons.inside) + kEpsilons.after);
+        exact_factors[i] =
+            1 / (std::sqrt(exact_sum / static_cast<double>(k) + kEpsilons.inside) + kEpsilons.after);
+        for (int64_t j = 0; j < n; ++j) {
+          PlainSum product(mode);
+          for (int64_t l = 0; l < k; ++l) {
+            product.Add(a[i * k + l], b[j * k + l]);
+            exact[i * n + j] += static_cast<double>(a[i * k + l]) * b[j * k + l];
+          }
+          plain[i * n + j] = product.value();
+        }
+      }
+      for (const Then then : {Then::kStore, Then::kGate, Then::kAdd}) {
+        for (const bool norm : {false, true}) {
+          SCOPED_TRACE(absl::StrCat("[", m, ",", k, "] x [", k, ",", n, "], then ", static_cast<int>(then),
+                                    norm ? ", normed" : ""));
+          const int64_t columns = then == Then::kGate ? n / 2 : n, stride = columns + 4;
+          const DeviceBuffer c = on_device(std::vector<float>(m * stride, kNaN), mode.dtype);
+          const DeviceBuffer x = on_device(before, DType::kFloat32);
+          const DeviceBuffer x_squares = on_device(std::vector<float>(m * SquaresWidth(n), kNaN), DType::kFloat32);
+          FusedGemmArgs args;
+          args.gemm.dtype = args.gemm.c_dtype = mode.dtype;
+          args.gemm.m = m;
+          args.gemm.n = n;
+          args.gemm.k = args.gemm.lda = args.gemm.ldb = k;
+          args.gemm.a = a_there.data();
+          args.gemm.b = b_there.data();
+          args.gemm.c = c.data();
+          args.gemm.ldc = stride;
+          if (norm) args.squares = squares_there.as<float>();
+          args.epsilon = kEpsilons;
+          args.then = then;
+          args.gate = norm ? GateKind::kSiluFirst : GateKind::kSigmoidSecond;
+          args.x = x.as<float>();
+          args.scale = scale_there.as<float>();
+          args.x_squares = x_squares.as<float>();
+          if (!FusedGemmTakes(args, context)) {
+            EXPECT_EQ(FusedGemm(args, context).code(), absl::StatusCode::kInvalidArgument);
+            GTEST_SKIP() << "this device has no fused products";
+          }
+          const absl::Status status = FusedGemm(args, context);
+          ASSERT_TRUE(status.ok()) << status;
+
+          std::vector<float> plain_c(m * columns), plain_x(before), plain_squares(m * SquaresWidth(n)), got_c;
+          std::vector<double> exact_c(m * columns), exact_x(m * n), exact_squares(m * SquaresWidth(n));
+          for (int64_t i = 0; i < m; ++i) {
+            const float factor = norm ? factors[i] : 1.0f;
+            const double exact_factor = norm ? exact_factors[i] : 1.0;
+            for (int64_t j = 0; j < columns; ++j) {
+              const float p = plain[i * n + j] * factor;
+              const double q = exact[i * n + j] * exact_factor;
+              float* const to = &plain_c[i * columns + j];
+              double* const exact_to = &exact_c[i * columns + j];
+              if (then == Then::kStore) {
+                *to = p, *exact_to = q;
+              } else if (then == Then::kGate) {
+                const float second = plain[i * n + columns + j] * factor;
+                const double exact_second = exact[i * n + columns + j] * exact_factor;
+                *to = norm ? p / (1 + std::exp(-p)) * second : p / (1 + std::exp(-second));
+                *exact_to = norm ? q / (1 + std::exp(-q)) * exact_second : q / (1 + std::exp(-exact_second));
+              } else {
+                const float sum = plain_x[i * n + j] += p;
+                const double exact_sum = exact_x[i * n + j] = before[i * n + j] + q;
+                *to = sum * scale[j], *exact_to = exact_sum * scale[j];
+                plain_squares[i * SquaresWidth(n) + j / kSquaresOf] += sum * sum;
+                exact_squares[i * SquaresWidth(n) + j / kSquaresOf] += exact_sum * exact_sum;
+              }
+            }
+          }
+          const std::vector<float> all_c = on_host(c, mode.dtype);
+          for (int64_t i = 0; i < m; ++i) {
+            got_c.insert(got_c.end(), all_c.begin() + i * stride, all_c.begin() + i * stride + columns);
+            for (int64_t j = columns; j < stride; ++j) ASSERT_TRUE(std::isnan(all_c[i * stride + j]));
+          }
+          ExpectAsGoodAsPlain(got_c.data(), plain_c.data(), exact_c.data(), m * columns, "c", mode.dtype);
+          const std::vector<float> got_x = on_host(x, DType::kFloat32);
+          if (then != Then::kAdd) {
+            EXPECT_TRUE(SameBits(got_x.data(), before.data(), m * n));
+            continue;
+          }
+          ExpectAsGoodAsPlain(got_x.data(), plain_x.data(), exact_x.data(), m * n, "x");
+          ExpectAsGoodAsPlain(on_host(x_squares, DType::kFloat32).data(), plain_squares.data(),
+                              exact_squares.data(), m * SquaresWidth(n), "squares");
+        }
+      }
+    }
+  }
+}
+#endif
 
 // Rows of products in which a row's bits are not those that it has in a product of its own.
 int64_t RowsThatDiffer(const Mode& mode, const Sizes& sizes, bool fixed_order, ParallelFor parallel_for) {
