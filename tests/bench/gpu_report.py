@@ -167,16 +167,16 @@ def operators(bench):
     return times
 
 
-def between_products(bench):
-    """Shows what lies between a layer's products, and returns the seconds by operator and tokens."""
+def of_a_layer(bench):
+    """Shows the operators of a layer, and returns the seconds by operator and tokens."""
     cases = [json.loads(line) for line in
              subprocess.run([bench], check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines() if '"op"' in line]
-    print("\nBetween the products of a layer, bfloat16: us (share of a copy's rate)\n")
+    print("\nThe operators of a layer, bfloat16: us (share of a copy's rate)\n")
+    cells = {(case["op"], case["tokens"]): f"{case['us']:.1f} ({case['of_copy']:.2f})" for case in cases}
     tokens = sorted({case["tokens"] for case in cases})
     print("| tokens | " + " | ".join(map(str, tokens)) + " |\n" + "| --- " * (len(tokens) + 1) + "|")
     for op in dict.fromkeys(case["op"] for case in cases):
-        cells = [f"{case['us']:.1f} ({case['of_copy']:.2f})" for case in cases if case["op"] == op]
-        print(f"| {op} | " + " | ".join(cells) + " |")
+        print(f"| {op} | " + " | ".join(cells.get((op, n), "") for n in tokens) + " |")
     sys.stdout.flush()
     return {f"{case['op']}, {case['tokens']} tokens": case["us"] / 1e6 for case in cases}
 
@@ -282,8 +282,8 @@ def main():
         rows = [*PREFILL, *(f"a token of {sessions}" for sessions in DECODE)]
         show("The delta rule alone; of a token the whole mixer (for flash-linear-attention the delta rule)", "us", rows, ours,
              fla, None, lambda case: operator_bytes(case) / limit["bytes"] if limit else None)
-        between = between_products(options.programs / "ops_cuda_bench")
-        found["operators"] = {"ours": ours, "theirs": fla, "between products": between}
+        layer = of_a_layer(options.programs / "ops_cuda_bench")
+        found["operators"] = {"ours": ours, "theirs": fla, "of a layer": layer}
     if "engine" in parts or "service" in parts:
         with tempfile.TemporaryDirectory() as folder:
             large, small = f"{folder}/large", f"{folder}/small"
