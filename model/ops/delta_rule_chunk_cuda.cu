@@ -48,19 +48,24 @@
 // cycles and its latencies. K = V = 256: each part makes T and P again, 64 64 (5 K + 3 64) = 6.0 M or 2944
 // cycles a chunk; 8 rows of 2048 tokens with 8 heads are 302 MB (70 us) and two parts a block (108 us).
 //
-// Measured (24 November 2026, one H200, CUDA graph of one call, us, float32 out / bfloat16 out; 16 heads of
-// 128 unless said; delta_rule_cuda_bench):
+// Measured (24 November 2026, one H200, CUDA graph of one call, us, bfloat16 out; 16 heads of 128 unless
+// said; delta_rule_cuda_bench; with float32 out the same in bfloat16's bytes took up to 16 us more):
 //
-//   8 rows of 2048     145 / 129      32 rows of 512             158 / 143     1 row of 512     26 / 26
-//   1 row of 8192      307 / 292      64 rows of 64               88 / 84      1 row of 2048    83 / 78
-//   1 row of 32768    1188 / 1136     32 ragged rows, 8913       155 / 145
-//   8 rows of 4096, 32 heads of 64                               280 / 254
-//   8 rows of 2048, 8 heads of 256                               228 / 217
+//   8 rows of 2048     122      32 rows of 512             138      1 row of 512      24
+//   1 row of 8192      263      64 rows of 64               83      1 row of 2048     69
+//   1 row of 32768    1020      32 ragged rows, 8913       105
+//   8 rows of 4096, 32 heads of 64                         235
+//   8 rows of 2048, 8 heads of 256                         215
 //
-// Token by token, 8 rows of 2048 take 2505, with 8 heads of 256 7040. By chunks each of those takes 6000
-// cycles, half a stage's life, for there are two: some 3000 to copy, 5000 for T and 4000 with the consumer.
-// With one producer that both copied and made T and P, many rows took 151 / 142; with one warpgroup making
-// all T, few rows took as long as now: what bounds those is not yet known.
+// Token by token, 8 rows of 2048 take 2505, with 8 heads of 256 7040.
+//
+// What bounds it, by the clocks of each warpgroup (DELTANET_DELTA_RULE_CLOCKS). Two consumers: the one that
+// makes T, 6200 cycles a chunk: 1300 waiting for K K^T behind the consumers' products, 2000 to store A and
+// invert the diagonal, 700 at the barrier, 2200 down the columns; the consumers wait for 40 % of the time.
+// Cutting T between both producers (A and the diagonal; the columns and P) took 141 us instead of 122, for
+// their 64 registers a thread do not hold it. One consumer: its own chain, some 2800 of 3600 cycles a chunk,
+// of which the tensor cores are busy 1150, and 1660 with T's and P's; only a split of the sequence would
+// help. K = 256: two stages, each of which lives through its copy, T and the consumer.
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
@@ -68,7 +73,7 @@
 #include "model/base/status_macros.h"
 #include "model/ops/cuda_kernels.h"
 #include "model/ops/cuda_sm90.cuh"
-#include "model/ops/cuda_tile_map.h"
+#include "model/ops/cuda_tile_map.cuh"
 #include "model/ops/cuda_util.cuh"
 #include "model/ops/cuda_vector.cuh"
 #include "model/ops/delta_rule_cuda.h"

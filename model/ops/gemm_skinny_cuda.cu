@@ -36,7 +36,7 @@
 #include "model/base/status_macros.h"
 #include "model/ops/cuda_kernels.h"
 #include "model/ops/cuda_sm90.cuh"
-#include "model/ops/cuda_tile_map.h"
+#include "model/ops/cuda_tile_map.cuh"
 #include "model/ops/cuda_util.cuh"
 #include "model/ops/cuda_vector.cuh"
 

@@ -1,7 +1,7 @@
 // Maps of matrices in a GPU's memory for its bulk copies, which put boxes of them into shared memory as tiles
 // for the asynchronous products (cuda_sm90.cuh).
-#ifndef DELTANET_MODEL_OPS_CUDA_TILE_MAP_H_
-#define DELTANET_MODEL_OPS_CUDA_TILE_MAP_H_
+#ifndef DELTANET_MODEL_OPS_CUDA_TILE_MAP_CUH_
+#define DELTANET_MODEL_OPS_CUDA_TILE_MAP_CUH_
 
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -49,4 +49,4 @@ absl::Status MapBoxes(const void* data, const std::array<uint64_t, kDimensions>&
 
 }  // namespace deltanet
 
-#endif  // DELTANET_MODEL_OPS_CUDA_TILE_MAP_H_
+#endif  // DELTANET_MODEL_OPS_CUDA_TILE_MAP_CUH_
