@@ -855,23 +855,17 @@ absl::Status Launch(const RaggedRows& rows, const DeltaRuleArgs& args, bool with
     return absl::InternalError(absl::StrCat("DeltaRuleChunkKernel needs ", L::kBytes,
                                             " bytes of shared memory: ", cudaGetErrorString(error)));
   }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(rows.chunks.blocks));
-  config.blockDim = dim3(L::kThreads);
-  config.dynamicSmemBytes = L::kBytes;
-  config.stream = stream;
-  cudaLaunchAttribute beside = {};
-  beside.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  beside.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &beside;
-  config.numAttrs = with_short_rows ? 1 : 0;
   Problem problem{.rows = rows, .args = args};
   RETURN_IF_ERROR(MapTiles(rows, args, args.q, L::kKeyTiles, &problem.q));
   RETURN_IF_ERROR(MapTiles(rows, args, args.k, L::kKeyTiles, &problem.k));
   RETURN_IF_ERROR(MapTiles(rows, args, args.v, kConsumers, &problem.v));
-  if (cudaLaunchKernelEx(&config, kernel, problem) != cudaSuccess)
-    return LaunchStatus("DeltaRuleChunkKernel");
-  return absl::OkStatus();
+  const dim3 grid(static_cast<unsigned>(rows.chunks.blocks));
+  if (with_short_rows) {
+    return LaunchOverlapping("DeltaRuleChunkKernel", kernel,
+                             {.grid = grid, .threads = L::kThreads, .shared_bytes = L::kBytes}, stream, problem);
+  }
+  kernel<<<grid, L::kThreads, L::kBytes, stream>>>(problem);
+  return LaunchStatus("DeltaRuleChunkKernel");
 }
 
 template <int kKeys, int kConsumers>

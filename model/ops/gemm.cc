@@ -45,7 +45,7 @@ at::Tensor Matrix(const void* data, int64_t rows, int64_t columns, int64_t strid
 
 constexpr int64_t kBlockColumns = 24;        // Whole tiles.
 constexpr int64_t kBlockFloats = 64 * 1024;  // Of a's rows: half of a small L2.
-constexpr int64_t kFewRows = 16;
+constexpr int64_t kFewRows = 16;  // Whose products are our own whether or not the order is to be fixed.
 constexpr int64_t kMinMultiplyAdds = 1 << 18;  // Below this, waking another thread costs more than it saves.
 
 // In float32, on the CPU.
@@ -113,8 +113,9 @@ absl::Status Gemm(const GemmArgs& args, const OpContext& context) {
     MultiplyInFixedOrder(args, context);
     return absl::OkStatus();
   }
-  if (const FusedGemmArgs alone = {.gemm = args}; FusedGemmTakes(alone, context))
-    return FusedGemm(alone, context);
+  if (const FusedGemmArgs alone = {.gemm = args}; FusedGemmTakes(alone, context)) {
+    CUDA_DOOR(GemmSkinnyCuda(alone, context.stream));
+  }
   c10::InferenceMode no_gradients;
   const at::TensorOptions operands = Options(args.dtype, context.device);
   const at::TensorOptions result = Options(args.c_dtype, context.device);

@@ -25,6 +25,17 @@ constexpr Sizes kSizes[] = {{1, 1},   {1, 9},    {2, 15},   {3, 17},    {5, 7}, 
                             {11, 31}, {12, 100}, {23, 65},  {24, 24},   {25, 129},  {64, 64},   {193, 64},
                             {65, 66}, {97, 300}, {384, 96}, {256, 256}, {300, 512}, {1000, 40}, {144, 1400}};
 
+// `values` as `dtype` on the device, when it returns.
+DeviceBuffer OnDevice(const std::vector<float>& values, DType dtype, const Device& device, DeviceStream* stream) {
+  const int64_t count = static_cast<int64_t>(values.size()), bytes = count * DTypeBytes(dtype);
+  std::vector<char> raw(bytes);
+  ConvertElements(values.data(), DType::kFloat32, raw.data(), dtype, count);
+  DeviceBuffer buffer(device, bytes);
+  stream->Copy(buffer.data(), raw.data(), bytes);
+  stream->Synchronize();
+  return buffer;
+}
+
 // A product of random operands on a device, kept in `dtype`, into `c_dtype`.
 class Product {
  public:
@@ -37,7 +48,7 @@ class Product {
         a_(Rounded(RandomNormal(rows * sizes.k, 1), mode.dtype)),
         b_(Rounded(RandomNormal(sizes.n * sizes.k, 2, 1 / std::sqrt(static_cast<float>(sizes.k))),
                    mode.dtype)),
-        b_on_device_(OnDevice(b_, mode.dtype)) {}
+        b_on_device_(OnDevice(b_, mode.dtype, mode.device, &stream_)) {}
 
   const float* a(int64_t row) const { return a_.data() + row * sizes_.k; }
   const float* b(int64_t column) const { return b_.data() + column * sizes_.k; }
@@ -56,10 +67,10 @@ class Product {
     for (int64_t i = 0; i < m; ++i) {
       if (rows[i] >= 0) std::copy_n(this->a(rows[i]), sizes_.k, a.begin() + i * sizes_.k);
     }
-    const DeviceBuffer a_on_device = OnDevice(a, mode_.dtype);
+    const DeviceBuffer a_on_device = OnDevice(a, mode_.dtype, mode_.device, &stream_);
     // A row more on either side, to stay NaN.
     const std::vector<float> nothing((whole + 2) * stride_, kNaN);
-    const DeviceBuffer c_on_device = OnDevice(nothing, c_dtype_);
+    const DeviceBuffer c_on_device = OnDevice(nothing, c_dtype_, mode_.device, &stream_);
     GemmArgs args = Args();
     args.m = m;
     args.a = a_on_device.data();
@@ -91,16 +102,6 @@ class Product {
     args.k = args.lda = args.ldb = sizes_.k;
     args.b = b_on_device_.data();
     return args;
-  }
-
-  DeviceBuffer OnDevice(const std::vector<float>& values, DType dtype) {
-    const int64_t bytes = static_cast<int64_t>(values.size()) * DTypeBytes(dtype);
-    std::vector<char> raw(bytes);
-    ConvertElements(values.data(), DType::kFloat32, raw.data(), dtype, values.size());
-    DeviceBuffer buffer(mode_.device, bytes);
-    stream_.Copy(buffer.data(), raw.data(), bytes);
-    stream_.Synchronize();
-    return buffer;
   }
 
   const Mode mode_;
@@ -234,12 +235,7 @@ TEST(GemmCudaTest, FusedIsAsGoodAsPlainCodeAndWritesItsColumnsAlone) {
   const OpContext context{mode.device, RunSerially, stream.handle()};
   const DeviceStream::Current current(stream);
   const auto on_device = [&](const std::vector<float>& values, DType dtype) {
-    std::vector<char> raw(values.size() * DTypeBytes(dtype));
-    ConvertElements(values.data(), DType::kFloat32, raw.data(), dtype, static_cast<int64_t>(values.size()));
-    DeviceBuffer buffer(mode.device, static_cast<int64_t>(raw.size()));
-    stream.Copy(buffer.data(), raw.data(), buffer.bytes());
-    stream.Synchronize();
-    return buffer;
+    return OnDevice(values, dtype, mode.device, &stream);
   };
   const auto on_host = [&](const DeviceBuffer& buffer, DType dtype) {
     std::vector<char> raw(buffer.bytes());
