@@ -24,7 +24,9 @@ struct DeltaNetMixerArgs {
 // Fills norm.out, and the work slots' tails and states. conv.out and rule.out are workspace: what they hold
 // afterwards is not defined. On a GPU, rows of a few tokens (kDeltaRuleFewTokens) go through one kernel that
 // keeps what is between in registers, where there is one for the sizes: by the row alone, so that its bits do
-// not depend on what else is in the step. Errors as of the three.
+// not depend on what else is in the step; it reads base slots while the operator before it on the stream may
+// still run, so between what wrote them and this something has to begin with all before it done, as a step
+// does (Embed). Errors as of the three.
 absl::Status DeltaNetMixer(const RaggedRows& rows, const DeltaNetMixerArgs& args, const OpContext& context);
 
 }  // namespace deltanet

@@ -17,9 +17,9 @@
 // gate, D out, twice as much in float32. D = 128: 131 KiB + 6 KiB + 1 KiB a token. 16 heads and 64, 256, 1024
 // sessions of one token: 145, 579, 2317 MB: 34, 135, 539 us at 4.3 TB/s. FLOPs: 8 D^2 a token.
 //
-// The kernel begins while the one before it still runs (LaunchOverlapping). Loads of S are issued before all
-// else and not waited for until the first barrier; with D = 128 two blocks fit a multiprocessor (128
-// registers a thread), 128 KiB on their way.
+// The kernel begins while the one before it still runs (LaunchOverlapping). What it needs from slots, tails
+// and S, is asked for before it waits for that one, which makes z, and S not waited for until the first
+// barrier; with D = 128 two blocks fit a multiprocessor (128 registers a thread), 128 KiB on their way.
 //
 // Measured (24 November 2026, one H200, 16 heads of 128, a token of 64, 256, 1024 sessions, us): 45, 165,
 // 629, of which some 4 are the launch; 1, 16 sessions: 9, 13. In turn with this: S in shared memory, three
@@ -43,13 +43,14 @@ constexpr int kTaps = 4;
 template <typename T>
 class Channel {
  public:
-  __device__ Channel(const RaggedRows& rows, const ShortConvQkvArgs& args, int row, int64_t channel)
-      : z_(static_cast<const T*>(args.z) + rows.offsets[row] * args.z_stride + channel),
-        stride_(args.z_stride) {
+  // From `token` on; `base_slot` is not looked at if `fresh`.
+  __device__ Channel(const ShortConvQkvArgs& args, int64_t token, bool fresh, int32_t base_slot,
+                     int64_t channel)
+      : z_(static_cast<const T*>(args.z) + token * args.z_stride + channel), stride_(args.z_stride) {
     const int64_t width = args.heads * (2 * args.key_dim + args.value_dim);
-    const float* const tail = rows.fresh[row] != 0 ? nullptr : args.tail.at(rows.base_slot[row]) + channel;
+    const float* const tail = args.tail.at(base_slot) + channel;
 #pragma unroll
-    for (int j = 0; j < kTaps - 1; ++j) before_[j] = tail != nullptr ? tail[j * width] : 0.0f;
+    for (int j = 0; j < kTaps - 1; ++j) before_[j] = fresh ? 0.0f : tail[j * width];
 #pragma unroll
     for (int j = 0; j < kTaps; ++j) weight_[j] = args.weight[j * width + channel];
     bias_ = args.bias != nullptr ? args.bias[channel] : 0.0f;
@@ -72,10 +73,9 @@ class Channel {
     before_[kTaps - 2] = x;
     return y;
   }
-  __device__ void StoreTail(const RaggedRows& rows, const ShortConvQkvArgs& args, int row,
-                            int64_t channel) const {
+  __device__ void StoreTail(const ShortConvQkvArgs& args, int32_t work_slot, int64_t channel) const {
     const int64_t width = args.heads * (2 * args.key_dim + args.value_dim);
-    float* const tail = args.tail.at(rows.work_slot[row]) + channel;
+    float* const tail = args.tail.at(work_slot) + channel;
 #pragma unroll
     for (int j = 0; j < kTaps - 1; ++j) tail[j * width] = before_[j];
   }
@@ -107,13 +107,15 @@ __global__ void __launch_bounds__(2 * kDim, kDim == 128 ? 2 : 6)
   __shared__ float products[kGroups];             // q k
 
   LetNextBegin();
-  AwaitEarlier();
   const ShortConvQkvArgs& conv = args.conv;
   const int heads = static_cast<int>(conv.heads);
   const int row = blockIdx.x / heads, head = blockIdx.x % heads;
-  const int32_t begin = rows.offsets[row];
-  const int count = rows.offsets[row + 1] - begin;
-  if (count > kDeltaRuleFewTokens || rows.work_slot[row] < 0) return;
+  // Together, for each is a way to the memory and back.
+  const int32_t begin = rows.offsets[row], end = rows.offsets[row + 1];
+  const int32_t base_slot = rows.base_slot[row], work_slot = rows.work_slot[row];
+  const bool fresh = rows.fresh[row] != 0;
+  const int count = end - begin;
+  if (count > kDeltaRuleFewTokens || work_slot < 0) return;
   const int thread = threadIdx.x, lane = thread % kLanes, group = thread / kLanes;
 
   // The front's own reads first: they are waited for first.
@@ -121,21 +123,23 @@ __global__ void __launch_bounds__(2 * kDim, kDim == 128 ? 2 : 6)
   const int64_t qk_channel = (thread < kDim ? 0 : third - kDim) + first + thread;
   const int64_t v_channel = 2 * third + first + thread;
   const bool has_v = thread < kDim;
-  Channel<T> qk(rows, conv, row, qk_channel), v(rows, conv, row, has_v ? v_channel : qk_channel);
-  if (count > 0) {
-    qk.Fetch();
-    v.Fetch();
-  }
+  Channel<T> qk(conv, begin, fresh, base_slot, qk_channel);
+  Channel<T> v(conv, begin, fresh, base_slot, has_v ? v_channel : qk_channel);
 
   float4 s[kRows];
   const int64_t in_slot = int64_t{head} * (kDim * kDim) + group * kDim + 4 * lane;
-  if (rows.fresh[row] != 0) {
+  if (fresh) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) s[i] = make_float4(0, 0, 0, 0);
   } else {
-    const float* const from = args.rule.state.at(rows.base_slot[row]) + in_slot;
+    const float* const from = args.rule.state.at(base_slot) + in_slot;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) s[i] = __ldcs(reinterpret_cast<const float4*>(from + i * kGroups * kDim));
+  }
+  AwaitEarlier();
+  if (count > 0) {
+    qk.Fetch();
+    v.Fetch();
   }
 
   const bool l2 = conv.norm == QkNorm::kL2;
@@ -233,9 +237,9 @@ __global__ void __launch_bounds__(2 * kDim, kDim == 128 ? 2 : 6)
     }
   }
 
-  qk.StoreTail(rows, conv, row, qk_channel);
-  if (has_v) v.StoreTail(rows, conv, row, v_channel);
-  float* const to = args.rule.state.at(rows.work_slot[row]) + in_slot;
+  qk.StoreTail(conv, work_slot, qk_channel);
+  if (has_v) v.StoreTail(conv, work_slot, v_channel);
+  float* const to = args.rule.state.at(work_slot) + in_slot;
   bool finite = true;
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {

@@ -169,7 +169,8 @@ TEST_P(EngineMemoryTest, AModelThatGoesTakesNothingFromAnother) {
 
 // A step takes no memory of the device's: with all of it gone, steps of every size work, and sessions go on.
 TEST_P(EngineMemoryTest, StepsOfEverySizeWorkWhenTheDeviceIsFull) {
-  if (GetParam().device.type == DeviceType::kCpu) GTEST_SKIP() << "a GPU's memory can be used up, a host's must not be";
+  if (GetParam().device.type == DeviceType::kCpu)
+    GTEST_SKIP() << "a GPU's memory can be used up, a host's must not be";
   ASSERT_NO_FATAL_FAILURE(Load());
   const auto outputs = [&] {
     std::vector<float> all;
@@ -199,6 +200,7 @@ TEST_P(EngineMemoryTest, StepsOfEverySizeWorkWhenTheDeviceIsFull) {
   EXPECT_LT(FreeDeviceBytes(GetParam().device), int64_t{32} << 20);
   ModelOptions more = options_;
   more.pool_bytes = int64_t{1} << 30;
+  more.max_slots = more.pool_bytes;  // As many as these bytes hold.
   EXPECT_EQ(LoadModel(directory_, more).status().code(), absl::StatusCode::kResourceExhausted);
   const std::vector<float> got = outputs();
   EXPECT_EQ(std::memcmp(got.data(), want.data(), want.size() * sizeof(float)), 0);
@@ -234,10 +236,11 @@ TEST(DeviceGraph, ReplaysWhatWasCaptured) {
   }
   // What fails leaves the stream as it was, and so does what allocates.
   EXPECT_EQ(stream.Capture([&] { return absl::InternalError("no"); }).status(), absl::InternalError("no"));
-  EXPECT_FALSE(stream.Capture([&] {
-                       const DeviceBuffer buffer(cuda, 64);
-                       return work();
-                     })
+  EXPECT_FALSE(stream
+                   .Capture([&] {
+                     const DeviceBuffer buffer(cuda, 64);
+                     return work();
+                   })
                    .ok());
   std::memset(from.data(), 9, 64);
   stream.Launch(*graph);
