@@ -1,7 +1,8 @@
 // The delta rule alone on a GPU, by both kernels, in the cases that prefill is measured by, and the mixer of
 // `delta_net` in those of decode: bfloat16 inputs side by side as the engine has them, states read from one slot
-// and written to another. A JSON line a case: the median time of a CUDA graph that holds one call, the bytes that
-// the call has to move in that time, and the largest difference between the kernels' outputs.
+// and written to another, beside a plain copy of the same slots. A JSON line a case: the median time of a CUDA graph
+// that holds one call, the bytes that the call has to move in that time, and the largest difference between the
+// kernels' outputs.
 //
 //   delta_rule_cuda_bench [REPLAYS]     (30)
 #include <algorithm>
@@ -14,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "model/ops/cuda_util.cuh"
 #include "model/ops/delta_net_mixer.h"
 #include "model/ops/delta_rule.h"
 #include "model/ops/delta_rule_cuda.h"
@@ -65,6 +67,20 @@ __global__ void FillStates(float* states, int64_t count) {
        i += gridDim.x * int64_t{blockDim.x}) {
     states[i] = 0.1f * Noise(i);
   }
+}
+
+// Copies base slots' states to the work slots, a head of 128 a block of 256 threads.
+__global__ void CopyStates(RaggedRows rows, SlotView state, int heads) {
+  constexpr int kHeld = 16;
+  const int row = blockIdx.x / heads;
+  const int64_t at = int64_t{blockIdx.x} % heads * (128 * 128) + 4 * threadIdx.x;
+  const float* const from = state.pool + rows.base_slot[row] * state.slot_stride + state.offset + at;
+  float* const to = state.pool + rows.work_slot[row] * state.slot_stride + state.offset + at;
+  float4 held[kHeld];
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) held[i] = __ldcs(reinterpret_cast<const float4*>(from + 1024 * i));
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) __stcs(reinterpret_cast<float4*>(to + 1024 * i), held[i]);
 }
 
 void PrintClocks() {
@@ -245,6 +261,14 @@ void RunMixer(int sessions, int tokens, int replays) {
   const double bytes = 8.0 * sessions * kSlot + 2.0 * static_cast<double>(N) * (3 * kWidth + kHeads + kWidth);
   std::printf("{\"case\": \"mixer, %d x %d, 16 heads of 128\", \"us\": %.1f, \"tb_per_s\": %.3f}\n", sessions,
               tokens, us, bytes / us * 1e-6);
+  if (tokens == 1) {
+    const double copy_us = MedianMicroseconds(stream, replays, [&] {
+      CopyStates<<<sessions * kHeads, 256, 0, stream>>>(rows, state, kHeads);
+      return LaunchStatus("CopyStates");
+    });
+    std::printf("{\"case\": \"states copied, %d, 16 heads of 128\", \"us\": %.1f, \"tb_per_s\": %.3f}\n", sessions,
+                copy_us, 8e-6 * sessions * kState / copy_us);
+  }
   std::fflush(stdout);
   cudaStreamDestroy(stream);
 }
