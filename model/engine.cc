@@ -70,10 +70,11 @@ int64_t QkvWidth(const Weights& weights) {
   return weights.heads * (2 * weights.key_dim + weights.value_dim);
 }
 
-// Floats that a layer's convolution remembers.
+// The place of what a layer's convolution remembers, in floats.
 int64_t TailFloats(const Weights& weights) {
-  return weights.mixer == MixerKind::kComposed ? (kConvTaps - 1) * weights.config.d_model
-                                               : std::max<int64_t>(0, weights.conv_taps - 1) * QkvWidth(weights);
+  if (weights.mixer == MixerKind::kComposed) return (kConvTaps - 1) * weights.config.d_model;
+  const int64_t inputs = std::max<int64_t>(0, weights.conv_taps - 1) * QkvWidth(weights);
+  return RoundUp(inputs * DTypeBytes(weights.dtype), 4) / 4;
 }
 
 // Where a slot keeps what: for each layer S [H, K, V], then the convolution's tail; after them, in models that

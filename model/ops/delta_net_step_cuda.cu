@@ -13,9 +13,9 @@
 // is in shared memory after the first (q and k before their norm, with their warps' sums), the groups' sums
 // over S after the second. The first group alone makes o, whose norm is then a matter of its lanes.
 //
-// Bytes a row and head: 8 D^2 for S, 24 D + 24 D for the tails (float32); a token: 2 (3 D + 1) of z, D of the
-// gate, D out, twice as much in float32. D = 128: 131 KiB + 6 KiB + 1 KiB a token. 16 heads and 64, 256, 1024
-// sessions of one token: 145, 579, 2317 MB: 34, 135, 539 us at 4.3 TB/s. FLOPs: 8 D^2 a token.
+// Bytes a row and head: 8 D^2 for S, 18 D + 18 D for the tails (bfloat16); a token: 2 (3 D + 1) of z, D of the
+// gate, D out, twice as much in float32. D = 128: 128 KiB + 4.5 KiB + 1 KiB a token. 16 heads and 64, 256, 1024
+// sessions of one token: 140, 560, 2239 MB: 33, 130, 521 us at 4.3 TB/s. FLOPs: 8 D^2 a token.
 //
 // The kernel begins while the one before it still runs (LaunchOverlapping). What it needs from slots, tails
 // and S, is asked for before it waits for that one, which makes z, and S not waited for until the first
@@ -48,9 +48,9 @@ class Channel {
                      int64_t channel)
       : z_(static_cast<const T*>(args.z) + token * args.z_stride + channel), stride_(args.z_stride) {
     const int64_t width = args.heads * (2 * args.key_dim + args.value_dim);
-    const float* const tail = args.tail.at(base_slot) + channel;
+    const T* const tail = TailOf<T>(args, base_slot) + channel;
 #pragma unroll
-    for (int j = 0; j < kTaps - 1; ++j) before_[j] = fresh ? 0.0f : tail[j * width];
+    for (int j = 0; j < kTaps - 1; ++j) before_[j] = fresh ? 0.0f : ToFloat(tail[j * width]);
 #pragma unroll
     for (int j = 0; j < kTaps; ++j) weight_[j] = args.weight[j * width + channel];
     bias_ = args.bias != nullptr ? args.bias[channel] : 0.0f;
@@ -75,9 +75,9 @@ class Channel {
   }
   __device__ void StoreTail(const ShortConvQkvArgs& args, int32_t work_slot, int64_t channel) const {
     const int64_t width = args.heads * (2 * args.key_dim + args.value_dim);
-    float* const tail = args.tail.at(work_slot) + channel;
+    T* const tail = TailOf<T>(args, work_slot) + channel;
 #pragma unroll
-    for (int j = 0; j < kTaps - 1; ++j) tail[j * width] = before_[j];
+    for (int j = 0; j < kTaps - 1; ++j) tail[j * width] = FromFloat<T>(before_[j]);
   }
 
  private:

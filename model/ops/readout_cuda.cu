@@ -1,5 +1,6 @@
 // Scores, most likely and sampled ids on a GPU: a block of 512 threads a row, thread t on logits t, t + 512,
-// ..., or on four of them at a time where rows are aligned. A row that asks for nothing costs nothing. The others walk over their 4W bytes, for
+// ..., or on four of them at a time where rows are aligned. A row that asks for nothing costs nothing. The
+// others walk over their 4W bytes, for
 //
 //   the largest logit and whether all are finite, the sum of exponentials     2 times
 //   top > 1                                                                   4: three digits, and to gather

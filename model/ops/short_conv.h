@@ -41,7 +41,7 @@ struct ShortConvQkvArgs {
   int64_t z_stride = 0;           // Elements.
   const float* weight = nullptr;  // [taps, 2HK + HV], the oldest tap first.
   const float* bias = nullptr;    // [2HK + HV], or null.
-  SlotView tail;  // [taps - 1, 2HK + HV] float32 a slot: the last raw z, oldest first; zero before the start.
+  SlotView tail;  // [taps - 1, 2HK + HV] of `dtype` a slot: the last raw z, oldest first; zero before the start.
   // Token n at out + n * out_stride: [q (H*K), k (H*K), v (H*V), beta (H)]; must not overlap z.
   void* out = nullptr;
   int64_t out_stride = 0;

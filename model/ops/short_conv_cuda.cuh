@@ -7,6 +7,12 @@
 
 namespace deltanet {
 
+// What a slot remembers, [taps - 1, channels].
+template <typename T>
+__device__ inline T* TailOf(const ShortConvQkvArgs& args, int32_t slot) {
+  return reinterpret_cast<T*>(args.tail.at(slot));
+}
+
 // On its way into a T.
 template <typename T>
 __device__ inline float Activated(QkActivation activation, float x) {

@@ -1,8 +1,8 @@
 // The delta rule alone on a GPU, by both kernels, in the cases that prefill is measured by, and the mixer of
-// `delta_net` in those of decode: bfloat16 inputs side by side as the engine has them, states read from one slot
-// and written to another, beside a plain copy of the same slots. A JSON line a case: the median time of a CUDA graph
-// that holds one call, the bytes that the call has to move in that time, and the largest difference between the
-// kernels' outputs.
+// `delta_net` in those of decode: bfloat16 inputs side by side as the engine has them, states read from one
+// slot and written to another, beside a plain copy of the same slots. A JSON line a case: the median time of
+// a CUDA graph that holds one call, the bytes that the call has to move in that time, and the largest
+// difference between the kernels' outputs.
 //
 //   delta_rule_cuda_bench [REPLAYS]     (30)
 #include <algorithm>
@@ -119,13 +119,13 @@ void Run(const std::string& name, const std::vector<int32_t>& lengths, int heads
   const OpContext context{
       .device = {.type = DeviceType::kCuda, .index = 0}, .parallel_for = NotOnTheHost, .stream = stream};
   RaggedRows rows{.rows = R,
-                        .tokens = N,
-                        .shortest = *std::min_element(lengths.begin(), lengths.end()),
-                        .longest = *std::max_element(lengths.begin(), lengths.end()),
-                        .offsets = offsets_there.data(),
-                        .base_slot = base_there.data(),
-                        .work_slot = work_there.data(),
-                        .fresh = fresh.data()};
+                  .tokens = N,
+                  .shortest = *std::min_element(lengths.begin(), lengths.end()),
+                  .longest = *std::max_element(lengths.begin(), lengths.end()),
+                  .offsets = offsets_there.data(),
+                  .base_slot = base_there.data(),
+                  .work_slot = work_there.data(),
+                  .fresh = fresh.data()};
   const int64_t blocks = DeltaRuleChunkBlocks(context.device, DType::kBFloat16, size, size);
   std::vector<int32_t> plan(MaxChunkPlanSize(R, heads, size, blocks));
   if (blocks > 0) rows.chunks = PlanChunks(offsets, heads, size, blocks, plan.data());
@@ -153,8 +153,8 @@ void Run(const std::string& name, const std::vector<int32_t>& lengths, int heads
       if (chunks && !DeltaRuleChunkCudaTakes(args)) continue;
       if (!chunks && is_narrow) continue;
       SetDeltaRuleCudaPathForTesting(path);
-      const double us = MedianMicroseconds(stream, chunks ? replays : 5,
-                                           [&] { return DeltaRule(rows, args, context); });
+      const double us =
+          MedianMicroseconds(stream, chunks ? replays : 5, [&] { return DeltaRule(rows, args, context); });
       std::vector<float> got(N * width);
       if (is_narrow) {
         const std::vector<uint16_t> raw = narrow.Host();
@@ -191,7 +191,7 @@ void Run(const std::string& name, const std::vector<int32_t>& lengths, int heads
 void RunMixer(int sessions, int tokens, int replays) {
   constexpr int kHeads = 16, kSize = 128, kTaps = 4;
   constexpr int64_t kWidth = kHeads * kSize, kStride = 3 * kWidth + 64, kState = kWidth * kSize;
-  constexpr int64_t kSlot = kState + (kTaps - 1) * 3 * kWidth;
+  constexpr int64_t kSlot = kState + (kTaps - 1) * 3 * kWidth / 2;
   const int64_t N = int64_t{sessions} * tokens;
   std::vector<int32_t> offsets = {0}, base, work, token_row;
   for (int32_t r = 0; r < sessions; ++r) {
@@ -266,8 +266,8 @@ void RunMixer(int sessions, int tokens, int replays) {
       CopyStates<<<sessions * kHeads, 256, 0, stream>>>(rows, state, kHeads);
       return LaunchStatus("CopyStates");
     });
-    std::printf("{\"case\": \"states copied, %d, 16 heads of 128\", \"us\": %.1f, \"tb_per_s\": %.3f}\n", sessions,
-                copy_us, 8e-6 * sessions * kState / copy_us);
+    std::printf("{\"case\": \"states copied, %d, 16 heads of 128\", \"us\": %.1f, \"tb_per_s\": %.3f}\n",
+                sessions, copy_us, 8e-6 * sessions * kState / copy_us);
   }
   std::fflush(stdout);
   cudaStreamDestroy(stream);

@@ -247,9 +247,9 @@ def operator_bytes(case):
     if case in PREFILL:
         lengths, heads, size = PREFILL[case]
         return sum(lengths) * heads * (4 * size + 1) * 2 + 8 * len(lengths) * heads * size * size
-    # The convolutions' tails too, for the mixer has them: 3 inputs of 3 x 2048 channels.
+    # The convolutions' tails too, for the mixer has them: 3 inputs of 3 x 2048 channels, in bfloat16.
     sessions = int(case.split()[-1])
-    return sessions * (8 * HEADS * SIZE * SIZE + 8 * 3 * 3 * WIDTH + 2 * 4 * WIDTH)
+    return sessions * (8 * HEADS * SIZE * SIZE + 4 * 3 * 3 * WIDTH + 2 * 4 * WIDTH)
 
 
 def model_floor(case, limit):

@@ -40,7 +40,7 @@ struct DeltaNetMixerProblem {
   int64_t state_size() const { return value_width() * mixer.front.key_dim; }
   int64_t tail_offset() const { return aligned ? RoundUp(state_size(), 16) : state_size() + 1; }
   int64_t slot_stride() const {
-    const int64_t end = tail_offset() + front.kept() * mixer.front.qkv();
+    const int64_t end = tail_offset() + front.tail_floats();
     return aligned ? RoundUp(end, 16) : end + 3;
   }
   int64_t gate_stride() const { return RoundUp(value_width() + 3, aligned ? 8 : 1); }
@@ -245,8 +245,7 @@ inline void CheckDeltaNetMixer(const DeltaNetMixerProblem& problem,
         const int64_t at = Guarded::kGuard + written * problem.slot_stride();
         const int64_t tail = at + problem.tail_offset();
         std::copy_n(before.begin() + at, problem.state_size(), after.begin() + at);
-        std::copy_n(before.begin() + tail, problem.front.kept() * problem.front.mixer.qkv(),
-                    after.begin() + tail);
+        std::copy_n(before.begin() + tail, problem.front.tail_floats(), after.begin() + tail);
       }
       ASSERT_TRUE(SameBits(after.data(), before.data(), static_cast<int64_t>(after.size())))
           << "a slot was written that is not a row's work slot";

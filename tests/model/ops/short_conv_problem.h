@@ -76,7 +76,9 @@ struct ShortConvProblem {
   int64_t z_stride() const { return RoundUp(mixer.z_width() + kZPadding, aligned ? 8 : 1); }
   int64_t out_stride() const { return RoundUp(mixer.out_width() + kOutPadding, aligned ? 8 : 1); }
   int64_t kept() const { return std::max<int64_t>(0, mixer.taps - 1); }
-  int64_t slot_stride() const { return RoundUp(kept() * mixer.qkv() + kSlotPadding, aligned ? 4 : 1); }
+  // The place of a tail, which is of `dtype`, in floats.
+  int64_t tail_floats() const { return RoundUp(kept() * mixer.qkv() * DTypeBytes(dtype), 4) / 4; }
+  int64_t slot_stride() const { return RoundUp(tail_floats() + kSlotPadding, aligned ? 4 : 1); }
   int64_t tail_offset() const { return aligned ? 4 : 2; }
 
   // Raw projections of token t of sequence s.
@@ -199,7 +201,7 @@ struct ShortConvStep {
     for (const int32_t slot : ragged.work_slot) {
       if (slot < 0) continue;
       const int64_t tail = Guarded::kGuard + slot * problem->slot_stride() + problem->tail_offset();
-      std::copy_n(pool_before.begin() + tail, problem->kept() * m.qkv(), pool_after.begin() + tail);
+      std::copy_n(pool_before.begin() + tail, problem->tail_floats(), pool_after.begin() + tail);
     }
     ASSERT_TRUE(SameBits(pool_after.data(), pool_before.data(), static_cast<int64_t>(pool_after.size())))
         << "a slot was written that is not a row's work slot";
@@ -208,11 +210,13 @@ struct ShortConvStep {
   // Holds the tail in `slot` to what it is after token t - 1 of sequence s.
   void ExpectTail(int64_t s, int64_t t, int32_t slot) {
     const int64_t qkv = problem->mixer.qkv();
+    std::vector<float> kept(problem->kept() * qkv);
+    ConvertElements(pool.data() + slot * problem->slot_stride() + problem->tail_offset(), problem->dtype,
+                    kept.data(), DType::kFloat32, static_cast<int64_t>(kept.size()));
     for (int64_t i = 0; i < problem->kept(); ++i) {
       const int64_t at = t - problem->kept() + i;
       const std::vector<float> zeros(qkv, 0.0f);
-      const float* const got = pool.data() + slot * problem->slot_stride() + problem->tail_offset() + i * qkv;
-      ASSERT_TRUE(SameBits(got, at >= 0 ? problem->Raw(s, at) : zeros.data(), qkv))
+      ASSERT_TRUE(SameBits(&kept[i * qkv], at >= 0 ? problem->Raw(s, at) : zeros.data(), qkv))
           << "sequence " << s << " after " << t << " tokens, kept input " << i;
     }
   }
