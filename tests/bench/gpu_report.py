@@ -162,6 +162,8 @@ def operators(bench):
         if case["case"].startswith("mixer, "):
             if " x 1," in case["case"]:
                 times[f"a token of {case['case'].split()[1]}"] = seconds
+        elif case["case"].startswith("states copied, "):
+            times[f"their states copied, {case['case'].split(', ')[1]}"] = seconds
         elif case["out"] == "bfloat16" or case["case"] not in times:
             times[case["case"]] = seconds
     return times
@@ -248,8 +250,8 @@ def operator_bytes(case):
         lengths, heads, size = PREFILL[case]
         return sum(lengths) * heads * (4 * size + 1) * 2 + 8 * len(lengths) * heads * size * size
     # The convolutions' tails too, for the mixer has them: 3 inputs of 3 x 2048 channels, in bfloat16.
-    sessions = int(case.split()[-1])
-    return sessions * (8 * HEADS * SIZE * SIZE + 4 * 3 * 3 * WIDTH + 2 * 4 * WIDTH)
+    sessions, states = int(case.split()[-1]), 8 * HEADS * SIZE * SIZE
+    return sessions * (states if "copied" in case else states + 4 * 3 * 3 * WIDTH + 2 * 4 * WIDTH)
 
 
 def model_floor(case, limit):
@@ -279,8 +281,9 @@ def main():
     if "operators" in parts:
         ours = operators(options.programs / "delta_rule_cuda_bench")
         fla = theirs.operators() if theirs else {}
-        rows = [*PREFILL, *(f"a token of {sessions}" for sessions in DECODE)]
-        show("The delta rule alone; of a token the whole mixer (for flash-linear-attention the delta rule)", "us", rows, ours,
+        rows = [*PREFILL, *(f"{work}{sessions}" for sessions in DECODE for work in ("a token of ", "their states copied, "))]
+        show("The delta rule alone; of a token the whole mixer (for flash-linear-attention the delta rule), and what a plain "
+             "copy of the same states from slot to slot takes", "us", rows, ours,
              fla, None, lambda case: operator_bytes(case) / limit["bytes"] if limit else None)
         layer = of_a_layer(options.programs / "ops_cuda_bench")
         found["operators"] = {"ours": ours, "theirs": fla, "of a layer": layer}
