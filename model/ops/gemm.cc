@@ -14,13 +14,14 @@
 // Floor: 2 m n k FLOPs, and 4 n k bytes, which count where m is small.
 #include "model/ops/gemm.h"
 
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/arange.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/roll.h>
 #include <ATen/ops/sin.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
@@ -68,6 +69,7 @@ void MultiplyInFixedOrder(const GemmArgs& args, const OpContext& context) {
       span.ldb = args.ldb;
       span.c = static_cast<float*>(args.c) + i * args.ldc + j;
       span.ldc = args.ldc;
+      span.accumulate = args.accumulate;
       kernels.product(span);
     }
   };
@@ -104,6 +106,10 @@ absl::Status Gemm(const GemmArgs& args, const OpContext& context) {
                                                    DTypeName(args.c_dtype), " is not supported on ",
                                                    DeviceName(context.device)));
   }
+  if (args.accumulate && args.c_dtype != DType::kFloat32) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("product adds to ", DTypeName(args.c_dtype), ", want float32"));
+  }
   if (args.fixed_order && on_cpu && args.dtype != DType::kFloat32) {
     return absl::InvalidArgumentError(
         absl::StrCat("product in ", DTypeName(args.dtype), " has no fixed order on the CPU, want float32"));
@@ -113,7 +119,14 @@ absl::Status Gemm(const GemmArgs& args, const OpContext& context) {
     MultiplyInFixedOrder(args, context);
     return absl::OkStatus();
   }
-  if (const FusedGemmArgs alone = {.gemm = args}; FusedGemmTakes(alone, context)) {
+  FusedGemmArgs alone = {.gemm = args};
+  if (args.accumulate) {  // To x, which has no stride, and nothing into c.
+    alone.then = FusedGemmArgs::Then::kAdd;
+    alone.x = static_cast<float*>(args.c);
+    alone.gemm.c = nullptr;
+    alone.gemm.c_dtype = args.dtype;
+  }
+  if ((!args.accumulate || args.ldc == args.n) && FusedGemmTakes(alone, context)) {
     CUDA_DOOR(GemmSkinnyCuda(alone, context.stream));
   }
   c10::InferenceMode no_gradients;
@@ -127,10 +140,11 @@ absl::Status Gemm(const GemmArgs& args, const OpContext& context) {
                                 block, args.k, args.lda, operands);
     at::Tensor c = Matrix(static_cast<char*>(args.c) + i * args.ldc * DTypeBytes(args.c_dtype), block, args.n,
                           args.ldc, result);
-    if (args.c_dtype == args.dtype) {
-      at::mm_out(c, a, b);
+    const bool widens = args.c_dtype != args.dtype;
+    if (args.accumulate) {
+      widens ? at::addmm_out(c, c, a, b, at::kFloat) : at::addmm_out(c, c, a, b);
     } else {
-      at::mm_out(c, a, b, at::kFloat);
+      widens ? at::mm_out(c, a, b, at::kFloat) : at::mm_out(c, a, b);
     }
   }
   return absl::OkStatus();
@@ -160,7 +174,7 @@ absl::Status CheckFixedOrder(GemmArgs args, const OpContext& context) {
                            .to(ScalarType(args.dtype))
                            .view({kGemmBlockRows, args.k});
   const auto product = [&](const at::Tensor& operand, at::Tensor* c) {
-    *c = at::empty({kGemmBlockRows, args.n}, Options(args.c_dtype, context.device));
+    *c = at::zeros({kGemmBlockRows, args.n}, Options(args.c_dtype, context.device));
     args.fixed_order = true;
     args.m = kGemmBlockRows;
     args.a = operand.data_ptr();

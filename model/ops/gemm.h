@@ -15,10 +15,11 @@ namespace deltanet {
 
 // c [m, n] = a [m, k] x b^T, b [n, k] as PyTorch keeps a linear layer's weight; row-major, with row strides
 // in elements, on the context's device; a and b of `dtype`, c of `c_dtype`: the same, or float32 for bfloat16
-// operands. float32 never runs in TF32 or bfloat16. float64 is for composing weights at load time. m may be
-// 0. c must not overlap a or b; elements of c between n and ldc are left alone. INVALID_ARGUMENT on sizes;
-// what LibTorch throws passes through (see torch_guard.h). On CUDA, b is a constant: it may be read before what was
-// queued on the stream just before has run.
+// operands. With `accumulate`, which is for a float32 c, c += a x b^T. float32 never runs in TF32 or
+// bfloat16. float64 is for composing weights at load time. m may be 0. c must not overlap a or b; elements of
+// c between n and ldc are left alone. INVALID_ARGUMENT on sizes; what LibTorch throws passes through (see
+// torch_guard.h). On CUDA, b is a constant: it may be read before what was queued on the stream just before
+// has run.
 //
 // The bits of a row of c may depend on m, since the library chooses how it adds up by the sizes: unless
 // `fixed_order`, with which they are made of that row of a, and b, alone. On the CPU (float32 only) the
@@ -35,6 +36,7 @@ struct GemmArgs {
   int64_t ldb = 0;
   void* c = nullptr;
   int64_t ldc = 0;
+  bool accumulate = false;
   bool fixed_order = false;
 };
 absl::Status Gemm(const GemmArgs& args, const OpContext& context);

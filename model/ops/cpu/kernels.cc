@@ -671,10 +671,18 @@ inline void ProductTile(const ProductSpan& span, int64_t i, int64_t j) {
   for (int r = 0; r < kRows; ++r) {
     float* const c = span.c + (i + r) * span.ldc + j;
     if constexpr (kColumns == 4) {
-      const Quad quad = SumsOfFour(sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
+      Quad quad = SumsOfFour(sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
+      if (span.accumulate) {
+        Quad before;
+        __builtin_memcpy(&before, c, sizeof(before));
+        quad += before;
+      }
       __builtin_memcpy(c, &quad, sizeof(quad));
     } else {
-      for (int column = 0; column < kColumns; ++column) c[column] = Sum(sums[r][column]);
+      for (int column = 0; column < kColumns; ++column) {
+        const float sum = Sum(sums[r][column]);
+        c[column] = span.accumulate ? c[column] + sum : sum;
+      }
     }
   }
 }

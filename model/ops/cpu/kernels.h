@@ -62,7 +62,7 @@ struct ShortConvSpan {
   int64_t out_stride;
 };
 
-// c [m, n] = a [m, k] x b^T, b [n, k], rows lda, ldb and ldc floats apart.
+// c [m, n] = (with `accumulate`, +=) a [m, k] x b^T, b [n, k], rows lda, ldb and ldc floats apart.
 struct ProductSpan {
   int64_t m, n, k;
   const float* a;
@@ -71,6 +71,7 @@ struct ProductSpan {
   int64_t ldb;
   float* c;
   int64_t ldc;
+  bool accumulate;
 };
 
 struct CpuKernels {

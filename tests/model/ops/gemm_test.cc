@@ -36,22 +36,27 @@ DeviceBuffer OnDevice(const std::vector<float>& values, DType dtype, const Devic
   return buffer;
 }
 
-// A product of random operands on a device, kept in `dtype`, into `c_dtype`.
+// A product of random operands on a device, kept in `dtype`, into `c_dtype`, or added to random values.
 class Product {
  public:
-  Product(const Mode& mode, const Sizes& sizes, int64_t rows, DType c_dtype = DType::kFloat32, int64_t band = 3)
+  Product(const Mode& mode, const Sizes& sizes, int64_t rows, DType c_dtype = DType::kFloat32,
+          int64_t band = 3, bool accumulate = false)
       : mode_(mode),
         sizes_(sizes),
         c_dtype_(c_dtype),
+        accumulate_(accumulate),
         stride_(sizes.n + band),
         stream_(mode.device),
         a_(Rounded(RandomNormal(rows * sizes.k, 1), mode.dtype)),
         b_(Rounded(RandomNormal(sizes.n * sizes.k, 2, 1 / std::sqrt(static_cast<float>(sizes.k))),
                    mode.dtype)),
+        before_(accumulate ? RandomNormal(rows * sizes.n, 3) : std::vector<float>(rows * sizes.n)),
         b_on_device_(OnDevice(b_, mode.dtype, mode.device, &stream_)) {}
 
   const float* a(int64_t row) const { return a_.data() + row * sizes_.k; }
   const float* b(int64_t column) const { return b_.data() + column * sizes_.k; }
+  // What the row's product is added to; zeros, where it is not.
+  const float* before(int64_t row) const { return before_.data() + row * sizes_.n; }
 
   absl::Status Check() {
     const DeviceStream::Current current(stream_);
@@ -69,8 +74,11 @@ class Product {
     }
     const DeviceBuffer a_on_device = OnDevice(a, mode_.dtype, mode_.device, &stream_);
     // A row more on either side, to stay NaN.
-    const std::vector<float> nothing((whole + 2) * stride_, kNaN);
-    const DeviceBuffer c_on_device = OnDevice(nothing, c_dtype_, mode_.device, &stream_);
+    std::vector<float> c((whole + 2) * stride_, kNaN);
+    for (int64_t i = 0; accumulate_ && i < m; ++i) {
+      if (rows[i] >= 0) std::copy_n(before(rows[i]), sizes_.n, c.begin() + (i + 1) * stride_);
+    }
+    const DeviceBuffer c_on_device = OnDevice(c, c_dtype_, mode_.device, &stream_);
     GemmArgs args = Args();
     args.m = m;
     args.a = a_on_device.data();
@@ -82,10 +90,9 @@ class Product {
       const absl::Status status = Gemm(args, {mode_.device, parallel_for, stream_.handle()});
       EXPECT_TRUE(status.ok()) << status;
     }
-    std::vector<char> raw(nothing.size() * DTypeBytes(c_dtype_));
+    std::vector<char> raw(c.size() * DTypeBytes(c_dtype_));
     stream_.Copy(raw.data(), c_on_device.data(), static_cast<int64_t>(raw.size()));
     stream_.Synchronize();
-    std::vector<float> c(nothing.size());
     ConvertElements(raw.data(), c_dtype_, c.data(), DType::kFloat32, static_cast<int64_t>(c.size()));
     const auto is_nan = [](float x) { return std::isnan(x); };
     EXPECT_TRUE(std::all_of(c.begin(), c.begin() + stride_, is_nan)) << "before the product";
@@ -101,15 +108,17 @@ class Product {
     args.n = sizes_.n;
     args.k = args.lda = args.ldb = sizes_.k;
     args.b = b_on_device_.data();
+    args.accumulate = accumulate_;
     return args;
   }
 
   const Mode mode_;
   const Sizes sizes_;
   const DType c_dtype_;
+  const bool accumulate_;
   const int64_t stride_;
   DeviceStream stream_;
-  const std::vector<float> a_, b_;
+  const std::vector<float> a_, b_, before_;
   const DeviceBuffer b_on_device_;
 };
 
@@ -145,30 +154,35 @@ INSTANTIATE_TEST_SUITE_P(Modes, GemmTest, testing::ValuesIn(Modes()),
 TEST_P(GemmTest, IsAsGoodAsPlainSumsAndWritesItsColumnsAlone) {
   for (const Sizes& sizes : kSizes) {
     for (const int64_t m : {0, 1, 2, 3, 5, 13, 100}) {
-      SCOPED_TRACE(absl::StrCat("[", m, ",", sizes.k, "] x [", sizes.k, ",", sizes.n, "]"));
-      Product product(GetParam(), sizes, m);
-      std::vector<int64_t> rows(m);
-      for (int64_t i = 0; i < m; ++i) rows[i] = i;
-      std::vector<float> plain(m * sizes.n), got(m * sizes.n);
-      std::vector<double> exact(m * sizes.n);
-      for (int64_t i = 0; i < m; ++i) {
-        for (int64_t j = 0; j < sizes.n; ++j) {
-          PlainSum sum(GetParam());
-          for (int64_t l = 0; l < sizes.k; ++l) {
-            sum.Add(product.a(i)[l], product.b(j)[l]);
-            exact[i * sizes.n + j] += static_cast<double>(product.a(i)[l]) * product.b(j)[l];
-          }
-          plain[i * sizes.n + j] = sum.value();
-        }
-      }
-      for (const bool fixed_order : {false, true}) {
-        const std::vector<float> c = product.Run(rows, fixed_order, fixed_order ? RunInShreds : RunSerially);
+      for (const bool accumulate : {false, true}) {
+        SCOPED_TRACE(absl::StrCat("[", m, ",", sizes.k, "] x [", sizes.k, ",", sizes.n, "]",
+                                  accumulate ? ", added" : ""));
+        Product product(GetParam(), sizes, m, DType::kFloat32, 3, accumulate);
+        std::vector<int64_t> rows(m);
+        for (int64_t i = 0; i < m; ++i) rows[i] = i;
+        std::vector<float> plain(m * sizes.n), got(m * sizes.n);
+        std::vector<double> exact(m * sizes.n);
         for (int64_t i = 0; i < m; ++i) {
-          std::copy_n(c.begin() + i * (sizes.n + 3), sizes.n, got.begin() + i * sizes.n);
-          for (int64_t j = sizes.n; j < sizes.n + 3; ++j) ASSERT_TRUE(std::isnan(c[i * (sizes.n + 3) + j]));
+          for (int64_t j = 0; j < sizes.n; ++j) {
+            PlainSum sum(GetParam());
+            for (int64_t l = 0; l < sizes.k; ++l) {
+              sum.Add(product.a(i)[l], product.b(j)[l]);
+              exact[i * sizes.n + j] += static_cast<double>(product.a(i)[l]) * product.b(j)[l];
+            }
+            plain[i * sizes.n + j] = product.before(i)[j] + sum.value();
+            exact[i * sizes.n + j] += product.before(i)[j];
+          }
         }
-        ExpectAsGoodAsPlain(got.data(), plain.data(), exact.data(), m * sizes.n,
-                            fixed_order ? "fixed" : "free");
+        for (const bool fixed_order : {false, true}) {
+          const std::vector<float> c =
+              product.Run(rows, fixed_order, fixed_order ? RunInShreds : RunSerially);
+          for (int64_t i = 0; i < m; ++i) {
+            std::copy_n(c.begin() + i * (sizes.n + 3), sizes.n, got.begin() + i * sizes.n);
+            for (int64_t j = sizes.n; j < sizes.n + 3; ++j) ASSERT_TRUE(std::isnan(c[i * (sizes.n + 3) + j]));
+          }
+          ExpectAsGoodAsPlain(got.data(), plain.data(), exact.data(), m * sizes.n,
+                              fixed_order ? "fixed" : "free");
+        }
       }
     }
   }
@@ -185,10 +199,16 @@ TEST(GemmCudaTest, OfFewRowsIsAsGoodAsPlainSumsAndWritesItsColumnsAlone) {
   constexpr int64_t kMostRows = 129;
   std::vector<int64_t> rows(kMostRows);
   for (int64_t i = 0; i < kMostRows; ++i) rows[i] = i;
+  struct Kind {
+    DType c_dtype;
+    bool accumulate;
+  };
   for (const Sizes& sizes : kFewRowsSizes) {
-    for (const DType c_dtype : {DType::kFloat32, DType::kBFloat16}) {
-      const int64_t band = c_dtype == DType::kFloat32 ? 3 : 8 + (8 - sizes.n % 8) % 8;
-      Product product(mode, sizes, kMostRows, c_dtype, band);
+    for (const Kind& kind :
+         {Kind{DType::kFloat32, false}, {DType::kBFloat16, false}, {DType::kFloat32, true}}) {
+      const DType c_dtype = kind.c_dtype;
+      const int64_t band = kind.accumulate ? 0 : c_dtype == DType::kFloat32 ? 3 : 8 + (8 - sizes.n % 8) % 8;
+      Product product(mode, sizes, kMostRows, c_dtype, band, kind.accumulate);
       std::vector<int64_t> columns;
       for (int64_t j = sizes.n - 1; j >= 0; j -= j > sizes.n - 20 ? 1 : 1 + sizes.n / 40) columns.push_back(j);
       const int64_t count = static_cast<int64_t>(columns.size());
@@ -201,7 +221,8 @@ TEST(GemmCudaTest, OfFewRowsIsAsGoodAsPlainSumsAndWritesItsColumnsAlone) {
             sum.Add(product.a(i)[l], product.b(columns[j])[l]);
             exact[i * count + j] += static_cast<double>(product.a(i)[l]) * product.b(columns[j])[l];
           }
-          plain[i * count + j] = sum.value();
+          plain[i * count + j] = product.before(i)[columns[j]] + sum.value();
+          exact[i * count + j] += product.before(i)[columns[j]];
         }
       }
       for (const int64_t m : {1, 5, 8, 9, 16, 17, 33, 64, 65, 128, 129}) {
@@ -359,9 +380,10 @@ TEST(GemmCudaTest, FusedIsAsGoodAsPlainCodeAndWritesItsColumnsAlone) {
 #endif
 
 // Rows of products in which a row's bits are not those that it has in a product of its own.
-int64_t RowsThatDiffer(const Mode& mode, const Sizes& sizes, bool fixed_order, ParallelFor parallel_for) {
+int64_t RowsThatDiffer(const Mode& mode, const Sizes& sizes, bool fixed_order, ParallelFor parallel_for,
+                       bool accumulate = false) {
   constexpr int64_t kRows = 64;
-  Product product(mode, sizes, kRows);
+  Product product(mode, sizes, kRows, DType::kFloat32, 3, accumulate);
   std::vector<std::vector<float>> alone;
   for (int64_t i = 0; i < kRows; ++i) alone.push_back(product.Run({i}, fixed_order));
   std::mt19937 random(static_cast<uint32_t>(sizes.n * 10000 + sizes.k));
@@ -379,15 +401,19 @@ int64_t RowsThatDiffer(const Mode& mode, const Sizes& sizes, bool fixed_order, P
 
 TEST_P(GemmTest, InAFixedOrderARowsBitsAreItsOwn) {
   for (const Sizes& sizes : kSizes) {
-    EXPECT_EQ(RowsThatDiffer(GetParam(), sizes, true, RunSerially), 0)
-        << "n " << sizes.n << ", k " << sizes.k;
-    EXPECT_EQ(RowsThatDiffer(GetParam(), sizes, true, RunInShreds), 0)
-        << "n " << sizes.n << ", k " << sizes.k;
+    for (const bool accumulate : {false, true}) {
+      SCOPED_TRACE(absl::StrCat("n ", sizes.n, ", k ", sizes.k, accumulate ? ", added" : ""));
+      EXPECT_EQ(RowsThatDiffer(GetParam(), sizes, true, RunSerially, accumulate), 0);
+      EXPECT_EQ(RowsThatDiffer(GetParam(), sizes, true, RunInShreds, accumulate), 0);
+    }
   }
 }
 
 TEST_P(GemmTest, AFixedOrderCanBeTried) {
-  for (const Sizes& sizes : kSizes) EXPECT_TRUE(Product(GetParam(), sizes, 1).Check().ok());
+  for (const Sizes& sizes : kSizes) {
+    EXPECT_TRUE(Product(GetParam(), sizes, 1).Check().ok());
+    EXPECT_TRUE(Product(GetParam(), sizes, 1, DType::kFloat32, 3, true).Check().ok());
+  }
 }
 
 // What the tests above would see.
@@ -417,6 +443,10 @@ TEST_P(GemmTest, WhatIsImpossibleIsRefused) {
   refused([](GemmArgs* args) {
     args->dtype = args->c_dtype = DType::kFloat64;
     args->fixed_order = true;
+  });
+  refused([](GemmArgs* args) {
+    args->dtype = args->c_dtype = DType::kFloat64;
+    args->accumulate = true;
   });
 }
 
