@@ -6,14 +6,15 @@
 // and 6 d d/H in the delta rule.
 //
 // On a GPU, `delta_net` in bfloat16 (f wide feed-forward): a layer is 8 launches where rows have few tokens, four
-// products and between them the mixer, the addition with the feed-forward's norm, the gated unit, and the addition
-// with the next layer's norm; 5 where there are few tokens in all and the products do the rest but the mixer
-// (FusedGemm, on Hopper), each beginning to read its weights while the one before it ends; 11 where rows are long
-// and the mixer is the convolution, its tails, the delta rule and the output norm. Between the products move, a
-// token: convolution 12 d, delta rule 8 d, output norm 4 d, the two additions 12 d each (the residual stream is
-// float32), gated unit 6 f bytes: 132 KB for d = 2048, f = 5632, in 24 layers and 16,384 tokens 52 GB, 12 ms at 4.3
-// TB/s, beside 51 ms of products at 790 TFLOP/s. A step of single tokens reads the weights once (2.6 GB, 0.61 ms)
-// and reads and writes each session's state (50 MB, 12 us).
+// products and between them the mixer, the feed-forward's norm, the gated unit, and the next layer's norm: the second
+// and the fourth product add to the residual stream themselves. It is 5 where there are few tokens in all and the
+// products do the rest but the mixer (FusedGemm, on Hopper), each beginning to read its weights while the one before
+// it ends; 11 where rows are long and the mixer is the convolution, its tails, the delta rule and the output norm.
+// Between the products move, a token: convolution 12 d, delta rule 8 d, output norm 4 d, the two norms 6 d each (the
+// residual stream is float32), gated unit 6 f bytes: 108 KB for d = 2048, f = 5632, in 24 layers and 16,384 tokens
+// 42 GB, 10 ms at 4.3 TB/s, beside 51 ms of products at 790 TFLOP/s (710 where the device is warm: they take all the
+// power that it has, and the more so, the less time is between them). A step of single tokens reads the weights once
+// (2.6 GB, 0.61 ms) and reads and writes each session's state (50 MB, 12 us).
 //
 // A step with few tokens is bound by the host, which has 120 to 300 launches to make. So where the device has graphs,
 // steps whose rows have one token each (generation, streams fed token by token) are launched as one: everything
@@ -174,8 +175,8 @@ struct Workspace {
   void* qkv;       // [N, qkv_stride] T: what the delta rule takes: q, k, v, beta. z itself, if composed.
   void* mixed;     // [N, HV] T: what the delta rule gives.
   void* normed;    // [N, d or HV] T: a norm's result on its way into a product.
-  void* product;   // [N, d] T: a product's result on its way back into the residual stream. In fused layers what the
-                   // next product takes: the residual stream, times the scale of the norm before it.
+  void* product;   // [N, d] T: in fused layers what the next product takes: the residual stream, times the scale of
+                   // the norm before it.
   void* ff_in;     // [N, 2f] T
   void* ff_gated;  // [N, f] T
   float* logits;   // [logits_rows, vocabulary] For readouts, a block of them at a time.
@@ -807,6 +808,13 @@ class Engine final : public Model {
     return gemm;
   }
 
+  // For AddProduct.
+  GemmArgs AddingProductWith(const Linear& linear) const {
+    GemmArgs gemm = ProductWith(linear, DType::kFloat32);
+    gemm.accumulate = true;
+    return gemm;
+  }
+
   absl::Status Multiply(int64_t m, const void* a, const Linear& linear, DType c_dtype, void* c, int64_t ldc,
                         const OpContext& context) {
     GemmArgs gemm = ProductWith(linear, c_dtype);
@@ -823,9 +831,13 @@ class Engine final : public Model {
     const DeviceStream::Current current(compute_);
     const OpContext context{description_.device, TorchParallelFor, compute_.handle()};
     for (const LayerWeights& layer : weights_.layers) {
-      for (const Linear* linear : {&layer.qkv, &layer.out, &layer.ff_in, &layer.ff_out}) {
+      for (const Linear* linear : {&layer.qkv, &layer.ff_in}) {
         if (linear->matrix == nullptr) continue;
         RETURN_IF_ERROR(CheckFixedOrder(ProductWith(*linear, weights_.dtype), context));
+      }
+      for (const Linear* linear : {&layer.out, &layer.ff_out}) {
+        if (linear->matrix == nullptr) continue;
+        RETURN_IF_ERROR(CheckFixedOrder(AddingProductWith(*linear), context));
       }
     }
     if (weights_.head.matrix == nullptr) return absl::OkStatus();
@@ -967,37 +979,11 @@ class Engine final : public Model {
       RETURN_IF_ERROR(DeltaNetMixer(
           rows, {ShortConvOf(index), DeltaRuleOf(index, nonfinite), OutputNormOf(n, layer)}, context));
     }
-    RETURN_IF_ERROR(Multiply(n, w.normed, layer.out, t, w.product, d, context));
-
-    // The layer's last addition also makes the norm before the next layer.
-    const auto norm_for_next = [&](AddRmsNormArgs* last) {
-      last->scale = NormBefore(index + 1);
-      if (last->scale == nullptr) return;
-      last->normed_dtype = t;
-      last->normed = w.normed;
-    };
-    // x = post_norm(res + m), and with it the norm that the feed-forward wants.
-    AddRmsNormArgs add;
-    add.rows = n;
-    add.width = d;
-    add.epsilon = weights_.epsilon;
-    add.x = look > 0 ? w.centre : x;
-    add.delta_dtype = t;
-    add.delta = w.product;
-    add.bias = layer.out.bias;
-    if (layer.post_norm != nullptr) {
-      add.scale = layer.post_norm;
-      add.normed = x;
-    } else {
-      add.sum = x;
-      if (layer.ff_norm != nullptr) {
-        add.scale = layer.ff_norm;
-        add.normed_dtype = t;
-        add.normed = w.normed;
-      }
-      if (!layer.has_ff) norm_for_next(&add);
-    }
-    RETURN_IF_ERROR(AddRmsNorm(add, context));
+    // x = post_norm(res + m), and with it the norm that the feed-forward or the next layer wants.
+    float* const residual = look > 0 ? w.centre : x;
+    RETURN_IF_ERROR(AddProduct(n, w.normed, layer.out, residual, context));
+    RETURN_IF_ERROR(NormAfter(n, residual, layer.out, layer.post_norm,
+                              layer.has_ff ? layer.ff_norm : NormBefore(index + 1), x, context));
     if (!layer.has_ff) return absl::OkStatus();
 
     const void* ff_from = w.normed;
@@ -1025,23 +1011,45 @@ class Engine final : public Model {
     gate.bias = layer.ff_in.bias;
     gate.out = w.ff_gated;
     RETURN_IF_ERROR(GatedUnit(gate, context));
-    RETURN_IF_ERROR(Multiply(n, w.ff_gated, layer.ff_out, t, w.product, d, context));
-    AddRmsNormArgs add_ff;
-    add_ff.rows = n;
-    add_ff.width = d;
-    add_ff.epsilon = weights_.epsilon;
-    add_ff.x = x;
-    add_ff.delta_dtype = t;
-    add_ff.delta = w.product;
-    add_ff.bias = layer.ff_out.bias;
-    if (layer.post_ff_norm != nullptr) {
-      add_ff.scale = layer.post_ff_norm;
-      add_ff.normed = x;
-    } else {
-      add_ff.sum = x;
-      norm_for_next(&add_ff);
+    RETURN_IF_ERROR(AddProduct(n, w.ff_gated, layer.ff_out, x, context));
+    return NormAfter(n, x, layer.ff_out, layer.post_ff_norm, NormBefore(index + 1), x, context);
+  }
+
+  // x += a times the matrix, [n, d].
+  absl::Status AddProduct(int64_t n, const void* a, const Linear& linear, float* x,
+                          const OpContext& context) {
+    GemmArgs gemm = AddingProductWith(linear);
+    gemm.m = n;
+    gemm.a = a;
+    gemm.lda = linear.inputs;
+    gemm.c = x;
+    gemm.ldc = linear.outputs;
+    return Gemm(gemm, context);
+  }
+
+  // What follows AddProduct to `from`: the bias, into x; then either post_norm, in place, or next_norm into
+  // w.normed, or neither, where they are null.
+  absl::Status NormAfter(int64_t n, const float* from, const Linear& linear, const float* post_norm,
+                         const float* next_norm, float* x, const OpContext& context) {
+    AddRmsNormArgs norm;
+    norm.rows = n;
+    norm.width = weights_.config.d_model;
+    norm.x = from;
+    norm.bias = linear.bias;
+    norm.epsilon = weights_.epsilon;
+    if (post_norm != nullptr) {
+      norm.scale = post_norm;
+      norm.normed = x;
+      return AddRmsNorm(norm, context);
     }
-    return AddRmsNorm(add_ff, context);
+    if (from != x || linear.bias != nullptr) norm.sum = x;
+    if (next_norm != nullptr) {
+      norm.scale = next_norm;
+      norm.normed_dtype = weights_.dtype;
+      norm.normed = workspace_.normed;
+    }
+    if (norm.sum == nullptr && norm.normed == nullptr) return absl::OkStatus();
+    return AddRmsNorm(norm, context);
   }
 
   // The products of one layer over n tokens, with all that is around them but the mixer (the sums stay in float32 for
