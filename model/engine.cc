@@ -57,7 +57,8 @@
 namespace deltanet {
 namespace {
 
-constexpr int64_t kAlignment = 16;  // Floats of a slot's parts.
+constexpr int64_t kAlignment = 16;     // Floats of a slot's parts.
+constexpr int64_t kRowAlignment = 64;  // Elements of a token's row: whole lines of memory.
 static_assert(kMaxTop == kMaxTopTokens, "as many as a row may want, a readout gives");
 static_assert(kFewTokens == kDeltaRuleFewTokens,
               "cuts leave rows to the kernel that the message would have gone to");
@@ -138,8 +139,8 @@ struct Workspace {
     const DType t = weights.dtype;
     int64_t ff = 0;
     for (const LayerWeights& layer : weights.layers) ff = std::max(ff, layer.ff_out.inputs);
-    z_stride = RoundUp(weights.layers[0].qkv.outputs, kAlignment);
-    qkv_stride = composed ? z_stride : RoundUp(QkvWidth(weights) + weights.heads, kAlignment);
+    z_stride = RoundUp(weights.layers[0].qkv.outputs, kRowAlignment);
+    qkv_stride = composed ? z_stride : RoundUp(QkvWidth(weights) + weights.heads, kRowAlignment);
     logits_rows = Generates(weights.config) ? MaxLogits(weights, options) : 0;
     const int64_t logits_floats = ProductRows(logits_rows, options) * weights.head.outputs;
     Layout layout;

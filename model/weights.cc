@@ -20,7 +20,7 @@
 namespace deltanet {
 namespace {
 
-constexpr int64_t kByteAlignment = 64;  // Of a weight.
+constexpr int64_t kByteAlignment = 256;  // Of a weight: what cuBLAS looks at.
 
 constexpr char kEmbeddings[] = "model.embeddings.weight";
 constexpr char kLmHead[] = "lm_head.weight";
@@ -152,8 +152,10 @@ class Loader {
     return reinterpret_cast<const float*>(to);
   }
 
-  // Linear layers with the same input, one below the other: one product for all.
-  absl::StatusOr<Linear> Stacked(const std::vector<std::string>& names, const std::string& bias_name = "") {
+  // Linear layers with the same input, one below the other: one product for all. Outputs that nobody wants,
+  // zeros, may make up a multiple of `multiple_of`.
+  absl::StatusOr<Linear> Stacked(const std::vector<std::string>& names, const std::string& bias_name = "",
+                                 int64_t multiple_of = 1) {
     Linear linear;
     std::vector<const SafetensorsEntry*> entries;
     for (const std::string& name : names) {
@@ -161,6 +163,8 @@ class Loader {
       linear.inputs = entries.back()->shape[1];
       linear.outputs += entries.back()->shape[0];
     }
+    const int64_t padding = RoundUp(linear.outputs, multiple_of) - linear.outputs;
+    linear.outputs += padding;
     char* to = Take(linear.outputs * linear.inputs, dtype_);
     linear.matrix = to;
     if (!bias_name.empty()) {
@@ -171,6 +175,7 @@ class Loader {
       RETURN_IF_ERROR(PutTensor(*entry, dtype_, to));
       to += NumElements(entry->shape) * DTypeBytes(dtype_);
     }
+    if (padding > 0) RETURN_IF_ERROR(Put(std::vector<float>(padding * linear.inputs), dtype_, to));
     return linear;
   }
 
@@ -288,7 +293,9 @@ class Loader {
       if ((*name == 'b' && !config_.use_beta) || (*name == 'g' && !config_.use_gate)) continue;
       front.push_back(absl::StrCat(attn, name, "_proj.weight"));
     }
-    ASSIGN_OR_RETURN(layer->qkv, Stacked(front));
+    // For the kernels of ops/gemm_lt_cuda.cc, which want such a multiple; at most 2 % more.
+    const bool pads = dtype_ == DType::kBFloat16 && 2 * config_.key_width() + config_.value_width() >= 3072;
+    ASSIGN_OR_RETURN(layer->qkv, Stacked(front, "", pads ? 64 : 1));
     if (config_.use_short_conv) {
       ASSIGN_OR_RETURN(layer->conv_weight, Channels(attn, "_conv1d.weight", config_.conv_size));
       if (config_.conv_bias) {

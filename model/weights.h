@@ -37,7 +37,8 @@ struct Linear {
 struct LayerWeights {
   const float* pre_norm = nullptr;  // [d]
   // To q, k, v, beta, and after them the output gate [HV] where there is one. MixerKind::kComposed: from taps
-  // [3d], with its bias for all taps valid. kShortConv: from the token alone.
+  // [3d], with its bias for all taps valid. kShortConv: from the token alone; a few outputs behind these may
+  // be zero.
   Linear qkv;
   const float* tap_bias = nullptr;     // kComposed: [3, 2HK + HV] What each tap's linear bias adds.
   const float* conv_weight = nullptr;  // kShortConv: [taps, 2HK + HV], or null: no convolution.

@@ -65,11 +65,14 @@ if(DELTANET_CUDA)
     add_library(libtorch::${name} SHARED IMPORTED)
     set_target_properties(libtorch::${name} PROPERTIES IMPORTED_LOCATION ${libtorch}/lib/lib${name}.so)
   endforeach()
-  add_library(libtorch::cudart SHARED IMPORTED)
-  set_target_properties(libtorch::cudart PROPERTIES IMPORTED_LOCATION ${deltanet_cu13}/lib/libcudart.so.13)
-  # libtorch_cuda.so registers its operators when it is loaded; nothing of ours names a symbol of it.
+  foreach(name cudart cublasLt)
+    add_library(libtorch::${name} SHARED IMPORTED)
+    set_target_properties(libtorch::${name} PROPERTIES IMPORTED_LOCATION ${deltanet_cu13}/lib/lib${name}.so.13)
+  endforeach()
+  # libtorch_cuda.so registers its operators when it is loaded, which programs need that name no symbol of it.
   target_link_libraries(deltanet_libtorch INTERFACE
-    "$<LINK_LIBRARY:deltanet_as_needed_off,libtorch::torch_cuda>" libtorch::c10_cuda libtorch::cudart)
+    "$<LINK_LIBRARY:deltanet_as_needed_off,libtorch::torch_cuda>" libtorch::c10_cuda libtorch::cublasLt
+    libtorch::cudart)
   target_compile_options(deltanet_libtorch INTERFACE "SHELL:-idirafter ${deltanet_cu13}/include")
   set(CMAKE_LINK_LIBRARY_USING_deltanet_as_needed_off
     "LINKER:--push-state,--no-as-needed" "<LINK_ITEM>" "LINKER:--pop-state")

@@ -4,6 +4,7 @@
 #define DELTANET_MODEL_OPS_CUDA_KERNELS_H_
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "model/ops/carry.h"
 #include "model/ops/conv_qkv.h"
 #include "model/ops/delta_net_mixer.h"
@@ -28,6 +29,9 @@ absl::Status ShortConvQkvCuda(const RaggedRows& rows, const ShortConvQkvArgs& ar
 // Whether GemmSkinnyCuda can make this product on the current device.
 bool GemmSkinnyCudaTakes(const FusedGemmArgs& args);
 absl::Status GemmSkinnyCuda(const FusedGemmArgs& args, void* stream);
+// Whether it has made the product, or left it alone, for there is no kernel to be preferred; on the current
+// device.
+absl::StatusOr<bool> GemmLtCuda(const GemmArgs& args, void* stream);
 absl::Status AddRmsNormCuda(const AddRmsNormArgs& args, void* stream);
 absl::Status GatedUnitCuda(const GatedUnitArgs& args, void* stream);
 absl::Status OutputNormCuda(const OutputNormArgs& args, void* stream);
