@@ -41,8 +41,8 @@ __device__ inline Packed<T, kN> Pack(const float (&x)[kN]) {
   } else {
 #pragma unroll
     for (int i = 0; i < kN / 2; ++i) {
-      packed.words[i] = uint32_t{__bfloat16_as_ushort(FromFloat<T>(x[2 * i]))} |
-                        uint32_t{__bfloat16_as_ushort(FromFloat<T>(x[2 * i + 1]))} << 16;
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
+      packed.words[i] = uint32_t{__bfloat16_as_ushort(pair.x)} | uint32_t{__bfloat16_as_ushort(pair.y)} << 16;
     }
   }
   return packed;

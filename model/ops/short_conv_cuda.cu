@@ -3,10 +3,12 @@
 //
 // Strips, for four taps and heads of a power of two of 8-channel strips, up to 32 (K of 8 to 256), all of it
 // aligned: a thread walks along a tile of tokens with 8 neighbouring channels, whose weights and last three
-// inputs it keeps in registers, so that z is read once but for three tokens at a tile's beginning. Lanes that
-// are neighbours have a head of q or k, and sum it up by shuffles. A block is 128 strips of a tile, a tile's
-// last block its betas; tiles are long where tokens are many, to read weights seldom, and short where they
-// are few, to keep the device busy. A token's bits do not depend on where tiles begin.
+// inputs it keeps in registers, so that z is read once but for three tokens at a tile's beginning. It works on
+// 64 bytes of tokens together (4 of bfloat16) while the next ones are on their way. Lanes that are neighbours
+// have a head of q or k, and sum it up by shuffles. A block is 128 strips of a tile, a tile's first block its
+// betas; tiles are long where tokens are many, to read weights seldom, and short where they are few, to keep
+// the device busy. A token's bits do not depend on where tiles begin. The kernel begins, and reads its weights,
+// while the one before it ends (LaunchOverlapping), and so does that of the tails.
 //
 // Heads, for all else: a block takes kTile tokens through one head of q, k or v (the last block of a tile:
 // through beta), a warp a token, lanes over channels, so that z is read and out written in whole lines; older
@@ -14,10 +16,15 @@
 // up to kHeld a lane; wider heads compute them again.
 //
 // Bytes a token: (2HK + HV + H) values of z and of out: 24 KiB of bfloat16 for 16 heads of 128, 404 MB for
-// 16,384 tokens, which take 94 us at 4.3 TB/s; for a row, its tail read and written, 72 KiB there.
+// 16,384 tokens, which take 94 us at 4.3 TB/s; for a row, its tail read and written, 72 KiB there. Measured on an
+// H200: 126 us, 0.78 of a plain copy's rate (beside products that take the device's power 150 and more). It is
+// bound by the multiprocessors: some 160 instructions a warp's token, 16 of them exponentials and inverses, which
+// were 240, and 152 us. Neither a ring in shared memory, filled ahead, nor five blocks a multiprocessor, nor tiles
+// of 32 to 128 tokens made a difference.
 #include <algorithm>
 #include <cstdint>
 
+#include "model/base/status_macros.h"
 #include "model/ops/cuda_kernels.h"
 #include "model/ops/cuda_util.cuh"
 #include "model/ops/cuda_vector.cuh"
@@ -34,8 +41,7 @@ constexpr int kHeld = 8;  // Heads of up to 32 * kHeld channels are kept in regi
 constexpr int kStrip = 8;  // Channels of a thread.
 constexpr int kStripTaps = 4;
 constexpr int kPast = kStripTaps - 1;
-constexpr int kAhead = 4;      // Tokens that a thread loads at once.
-constexpr int kMostTile = 32;  // Tokens of a tile, a multiple of kAhead.
+constexpr int kMostTile = 64;  // Tokens of a tile.
 constexpr int kBlocks = 1056;  // That keep a device busy: eight for each of an H100's multiprocessors.
 
 __device__ inline int64_t QkvWidth(const ShortConvQkvArgs& args) {
@@ -64,15 +70,24 @@ __device__ inline float Convolved(const RaggedRows& rows, const ShortConvQkvArgs
   return y;
 }
 
-// All of a strip; the choice once.
+// Tokens that a thread works on together, as many as make 64 bytes, with the next ones on their way.
 template <typename T>
-__device__ inline void Activate(QkActivation activation, float (&y)[kStrip]) {
+constexpr int kTogether = 64 / (kStrip * static_cast<int>(sizeof(T)));
+
+// All of strips; the choice once.
+template <typename T, int kTokens>
+__device__ inline void Activate(QkActivation activation, float (&y)[kTokens][kStrip]) {
+  const auto apply = [&](auto function) {
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+#pragma unroll
+      for (int c = 0; c < kStrip; ++c) y[t][c] = function(y[t][c]);
+    }
+  };
   if (activation == QkActivation::kSilu) {
-#pragma unroll
-    for (int c = 0; c < kStrip; ++c) y[c] *= SigmoidFor<T>(y[c]);
+    apply([](float x) { return x * SigmoidFor<T>(x); });
   } else if (activation != QkActivation::kIdentity) {
-#pragma unroll
-    for (int c = 0; c < kStrip; ++c) y[c] = Activated<T>(activation, y[c]);
+    apply([&](float x) { return Activated<T>(activation, x); });
   }
 }
 
@@ -87,21 +102,22 @@ __device__ inline void WriteBeta(const ShortConvQkvArgs& args, int64_t n, int64_
   static_cast<T*>(args.out)[n * args.out_stride + first + h] = FromFloat<T>(beta);
 }
 
-// Grid (tiles, blocks of strips and one more).
+// Grid (tiles, a block of betas and those of strips).
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4)
     ShortConvStripKernel(RaggedRows rows, ShortConvQkvArgs args, int tile_tokens) {
+  LetNextBegin();
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * tile_tokens;
   const int64_t end = begin + tile_tokens < rows.tokens ? begin + tile_tokens : rows.tokens;
-  if (blockIdx.y == gridDim.y - 1) {
-    for (int64_t n = begin + threadIdx.x / 32; n < end; n += kWarps) {
-      for (int64_t h = threadIdx.x % 32; h < args.heads; h += 32) WriteBeta<T>(args, n, h);
-    }
+  if (blockIdx.y == 0) {
+    AwaitEarlier();
+    const int heads = static_cast<int>(args.heads), betas = static_cast<int>(end - begin) * heads;
+    for (int i = threadIdx.x; i < betas; i += kThreads) WriteBeta<T>(args, begin + i / heads, i % heads);
     return;
   }
   const int width = static_cast<int>(QkvWidth(args)), qk = static_cast<int>(2 * args.heads * args.key_dim);
   const int lanes = static_cast<int>(args.key_dim) / kStrip;  // Of a head of q or k.
-  const int strip = static_cast<int>(blockIdx.y * kThreads + threadIdx.x);
+  const int strip = static_cast<int>((blockIdx.y - 1) * kThreads + threadIdx.x);
   // Where a warp has a head to sum up, all its lanes take part: those behind the last channel do the first
   // strip's work, for nothing.
   const bool there = strip * kStrip < width;
@@ -111,94 +127,138 @@ __global__ void __launch_bounds__(kThreads, 4)
   const QkActivation activation = is_key ? args.activation : QkActivation::kSilu;
   const bool l2 = args.norm == QkNorm::kL2;
 
-  float weight[kStripTaps][kStrip], bias[kStrip] = {};
+  float weight[kStripTaps][kStrip];
 #pragma unroll
   for (int j = 0; j < kStripTaps; ++j) Load<kStrip>(args.weight + j * width + channel, weight[j]);
-  if (args.bias != nullptr) Load<kStrip>(args.bias + channel, bias);
+  AwaitEarlier();
 
+  constexpr int kTokens = kTogether<T>;
   const T* const z = static_cast<const T*>(args.z) + channel;
   T* const out = static_cast<T*>(args.out) + channel;
+  const int z_stride = static_cast<int>(args.z_stride), out_stride = static_cast<int>(args.out_stride);
   int row = rows.token_row[begin];
   for (int64_t n = begin; n < end; ++row) {  // The tile's part of a row at a time.
     const int64_t row_begin = rows.offsets[row];
     const int64_t part_end = rows.offsets[row + 1] < end ? rows.offsets[row + 1] : end;
     if (rows.offsets[row + 1] - row_begin <= args.longer_than) n = part_end;
     if (n == part_end) continue;  // A row without tokens, or with so few.
-    float past[kPast][kStrip];    // The inputs before token n, oldest first.
+    int left = static_cast<int>(part_end - n);
+    const T* from = z + n * args.z_stride;  // The next of the part's `left` tokens.
+    T* to = out + n * args.out_stride;
+    n = part_end;
+    Packed<T, kStrip> next[kTokens];
+    // In the place of tokens behind the part's end is its last.
+    const auto load_next = [&](const T* first, int tokens) {
 #pragma unroll
-    for (int j = 0; j < kPast; ++j) {
-      const int64_t at = n - row_begin - kPast + j;  // In the row.
-      if (at >= 0) {
-        Load<kStrip>(z + (row_begin + at) * args.z_stride, past[j]);
-      } else if (rows.fresh[row] == 0) {
-        Load<kStrip>(TailOf<T>(args, rows.base_slot[row]) + (kPast + at) * width + channel, past[j]);
-      } else {
-#pragma unroll
-        for (int c = 0; c < kStrip; ++c) past[j][c] = 0.0f;
-      }
-    }
-    // The next tokens are on their way while these are worked on.
-    Packed<T, kStrip> ahead[kAhead], next[kAhead];
-    const auto load_next = [&](int64_t from) {
-#pragma unroll
-      for (int a = 0; a < kAhead; ++a) {
-        if (from + a < part_end) next[a] = LoadPacked<kStrip>(z + (from + a) * args.z_stride);
+      for (int t = 0; t < kTokens; ++t) {
+        next[t] = LoadPacked<kStrip>(first + static_cast<int64_t>(min(t, tokens - 1)) * z_stride);
       }
     };
-    load_next(n);
-    while (n < part_end) {
+    load_next(from, left);
+    float past[kPast][kStrip];  // The inputs before the next token, oldest first.
+    const auto past_from = [&](const T* first, int stride) {
 #pragma unroll
-      for (int a = 0; a < kAhead; ++a) ahead[a] = next[a];
-      load_next(n + kAhead);
+      for (int j = 0; j < kPast; ++j) Load<kStrip>(first + j * stride, past[j]);
+    };
+    const int before = static_cast<int>(part_end - row_begin) - left;  // Tokens of the row.
+    if (before >= kPast) {
+      past_from(from - kPast * z_stride, z_stride);
+    } else {
+      if (rows.fresh[row] == 0) {
+        past_from(TailOf<T>(args, rows.base_slot[row]) + channel, width);
+      } else {
 #pragma unroll
-      for (int a = 0; a < kAhead && n < part_end; ++a, ++n) {
-        float input[kStrip], y[kStrip];
-        Unpack(ahead[a], input);
+        for (int j = 0; j < kPast; ++j) {
+#pragma unroll
+          for (int c = 0; c < kStrip; ++c) past[j][c] = 0.0f;
+        }
+      }
+#pragma unroll 1
+      for (int i = before; i > 0; --i) {
+#pragma unroll
+        for (int j = 0; j + 1 < kPast; ++j) {
+#pragma unroll
+          for (int c = 0; c < kStrip; ++c) past[j][c] = past[j + 1][c];
+        }
+        Load<kStrip>(from - i * z_stride, past[kPast - 1]);
+      }
+    }
+    for (; left > 0; left -= kTokens) {
+      float y[kTokens][kStrip], bias[kStrip] = {};
+      if (args.bias != nullptr) Load<kStrip>(args.bias + channel, bias);
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) {
+        float input[kStrip];
+        Unpack(next[t], input);
 #pragma unroll
         for (int c = 0; c < kStrip; ++c) {
-          y[c] = bias[c];
+          y[t][c] = bias[c];
 #pragma unroll
-          for (int j = 0; j < kPast; ++j) y[c] = fmaf(weight[j][c], past[j][c], y[c]);
-          y[c] = fmaf(weight[kPast][c], input[c], y[c]);
+          for (int j = 0; j < kPast; ++j) y[t][c] = fmaf(weight[j][c], past[j][c], y[t][c]);
+          y[t][c] = fmaf(weight[kPast][c], input[c], y[t][c]);
 #pragma unroll
           for (int j = 0; j + 1 < kPast; ++j) past[j][c] = past[j + 1][c];
           past[kPast - 1][c] = input[c];
         }
-        Activate<T>(activation, y);
-        if (warp_has_keys) {
-          float sum = 0.0f;
+      }
+      from += kTokens * z_stride;
+      load_next(from, left - kTokens);
+      Activate<T>(activation, y);
+      if (warp_has_keys) {
+        float sum[kTokens] = {};
+        const auto add = [&](auto to_sum) {
 #pragma unroll
-          for (int c = 0; c < kStrip; ++c) sum = l2 ? fmaf(y[c], y[c], sum) : sum + y[c];
-          for (int offset = lanes / 2; offset > 0; offset /= 2) {
-            sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+          for (int t = 0; t < kTokens; ++t) {
+#pragma unroll
+            for (int c = 0; c < kStrip; ++c) sum[t] = to_sum(y[t][c], sum[t]);
           }
-          if (is_key) {
-            const float factor = l2 ? InverseRootFor<T>(sum + 1e-6f) : 1.0f / sum;
+        };
+        if (l2) {
+          add([](float x, float sum_before) { return fmaf(x, x, sum_before); });
+        } else {
+          add([](float x, float sum_before) { return sum_before + x; });
+        }
+#pragma unroll 1
+        for (int offset = lanes / 2; offset > 0; offset /= 2) {
 #pragma unroll
-            for (int c = 0; c < kStrip; ++c) y[c] *= factor;
+          for (int t = 0; t < kTokens; ++t) sum[t] += __shfl_xor_sync(0xffffffffu, sum[t], offset);
+        }
+        if (is_key) {
+#pragma unroll
+          for (int t = 0; t < kTokens; ++t) {
+            const float factor = l2 ? InverseRootFor<T>(sum[t] + 1e-6f) : 1.0f / sum[t];
+#pragma unroll
+            for (int c = 0; c < kStrip; ++c) y[t][c] *= factor;
           }
         }
-        if (there) Store<kStrip>(y, out + n * args.out_stride);
       }
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) {
+        if (there && t < left) Store<kStrip>(y[t], to + t * out_stride);
+      }
+      to += kTokens * out_stride;
     }
   }
 }
 
 bool TakesStrips(const ShortConvQkvArgs& args) {
+  constexpr int64_t kMostStride = int64_t{1} << 28;  // A few of them are an int.
   const int64_t lanes = args.key_dim / kStrip;
   return args.taps == kStripTaps && args.key_dim % kStrip == 0 && args.value_dim % kStrip == 0 &&
          lanes <= 32 && (lanes & (lanes - 1)) == 0 && args.z_stride % kStrip == 0 &&
-         args.out_stride % kStrip == 0 && args.tail.slot_stride % 4 == 0 && args.tail.offset % 4 == 0 &&
+         args.z_stride < kMostStride && args.out_stride % kStrip == 0 && args.out_stride < kMostStride &&
+         args.tail.slot_stride % 4 == 0 && args.tail.offset % 4 == 0 &&
          Aligned16({args.z, args.out, args.weight, args.bias, args.tail.pool});
 }
 
 template <typename T>
-void LaunchStrips(const RaggedRows& rows, const ShortConvQkvArgs& args, cudaStream_t stream) {
+absl::Status LaunchStrips(const RaggedRows& rows, const ShortConvQkvArgs& args, cudaStream_t stream) {
   const int64_t strips = args.heads * (2 * args.key_dim + args.value_dim) / kStrip;
   const int64_t blocks = (strips + kThreads - 1) / kThreads;
   const int64_t tile = std::clamp<int64_t>((rows.tokens * blocks + kBlocks - 1) / kBlocks, 1, kMostTile);
   const dim3 grid(static_cast<unsigned>((rows.tokens + tile - 1) / tile), static_cast<unsigned>(blocks + 1));
-  ShortConvStripKernel<T><<<grid, kThreads, 0, stream>>>(rows, args, static_cast<int>(tile));
+  return LaunchOverlapping("ShortConvStripKernel", ShortConvStripKernel<T>, {.grid = grid, .threads = kThreads}, stream,
+                           rows, args, static_cast<int>(tile));
 }
 
 template <typename T>
@@ -263,6 +323,8 @@ __global__ void ShortConvHeadKernel(RaggedRows rows, ShortConvQkvArgs args) {
 // A thread is a channel of a row. It reads all that it keeps before it writes, so base may be work.
 template <typename T>
 __global__ void ShortConvTailKernel(RaggedRows rows, ShortConvQkvArgs args) {
+  LetNextBegin();
+  AwaitEarlier();
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t width = QkvWidth(args);
   if (index >= rows.rows * width) return;
@@ -286,20 +348,18 @@ __global__ void ShortConvTailKernel(RaggedRows rows, ShortConvQkvArgs args) {
 
 template <typename T>
 absl::Status Launch(const RaggedRows& rows, const ShortConvQkvArgs& args, cudaStream_t stream) {
-  if (rows.tokens > 0) {
-    if (TakesStrips(args)) {
-      LaunchStrips<T>(rows, args, stream);
-    } else {
-      const int64_t blocks = (rows.tokens + kTile - 1) / kTile * (3 * args.heads + 1);
-      ShortConvHeadKernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(rows, args);
-    }
-    if (absl::Status status = LaunchStatus("ShortConvKernel"); !status.ok()) return status;
+  if (rows.tokens > 0 && TakesStrips(args)) {
+    RETURN_IF_ERROR(LaunchStrips<T>(rows, args, stream));
+  } else if (rows.tokens > 0) {
+    const int64_t blocks = (rows.tokens + kTile - 1) / kTile * (3 * args.heads + 1);
+    ShortConvHeadKernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(rows, args);
+    RETURN_IF_ERROR(LaunchStatus("ShortConvHeadKernel"));
   }
   if (rows.rows == 0 || args.taps < 2) return absl::OkStatus();
   const int64_t channels = rows.rows * args.heads * (2 * args.key_dim + args.value_dim);
-  ShortConvTailKernel<T>
-      <<<static_cast<unsigned>((channels + kThreads - 1) / kThreads), kThreads, 0, stream>>>(rows, args);
-  return LaunchStatus("ShortConvTailKernel");
+  const dim3 grid(static_cast<unsigned>((channels + kThreads - 1) / kThreads));
+  return LaunchOverlapping("ShortConvTailKernel", ShortConvTailKernel<T>, {.grid = grid, .threads = kThreads}, stream,
+                           rows, args);
 }
 
 }  // namespace
