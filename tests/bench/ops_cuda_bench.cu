@@ -2,17 +2,21 @@
 // f = 5632). A JSON line a case: the median time of a CUDA graph that holds one call, the bytes that the call has to
 // move in that time, and that rate as a share of a plain copy's, measured first. Steps of few tokens stay in the L2.
 //
-// Products are those of few tokens that are our own (on Hopper). Of them a graph holds a row, each with another
-// matrix, so that these come from memory, and the time is one's share of the row's: the next begins while one ends.
+// Of products a graph holds a row, each with another matrix, so that these come from memory, and the time is one's
+// share of the row's. Operands are random: of zeros, a library's product of many tokens is faster than the device
+// has power for.
 //
 //   ops_cuda_bench [REPLAYS]     (30)
+#include <cuda_bf16.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
 
-#include "model/ops/cuda_kernels.h"
+#include "model/base/round_up.h"
+#include "model/device.h"
 #include "model/ops/elementwise.h"
 #include "model/ops/gemm.h"
 #include "model/ops/output_norm.h"
@@ -24,49 +28,58 @@ namespace deltanet {
 namespace {
 
 constexpr int64_t kD = 2048, kHeads = 16, kSize = 128, kF = 5632, kTaps = 4;
-constexpr int64_t kQkv = 3 * kD, kGate = kQkv + kHeads, kZStride = kGate + kD, kOutStride = kQkv + kHeads;
+constexpr int64_t kQkv = 3 * kD, kGate = kQkv + kHeads;
+constexpr int64_t kZStride = RoundUp(kGate + kD, 64), kOutStride = RoundUp(kGate, 64);
 constexpr int64_t kMatrixBytes = int64_t{512} << 20;  // Of weights: many times the L2.
+constexpr Device kDevice = {.type = DeviceType::kCuda, .index = 0};
 constexpr RmsEpsilon kNormEpsilon = {.after = 0.0f, .inside = 1e-5f};
+
+// Values between -1 and 1.
+__global__ void RandomKernel(__nv_bfloat16* values, int64_t size) {
+  const int64_t step = int64_t{gridDim.x} * blockDim.x;
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < size; i += step) {
+    uint32_t bits = static_cast<uint32_t>(i) * 2654435761u;
+    bits = (bits ^ bits >> 15) * 2246822519u;
+    values[i] = __float2bfloat16_rn(static_cast<float>(bits >> 8) * 0x1p-23f - 1.0f);
+  }
+}
 
 class Bench {
  public:
   Bench(int64_t most_tokens, int replays)
       : replays_(replays),
+        stream_(kDevice),
+        current_(stream_),
         x_(most_tokens * kD),
         scale_(kF),
         narrow_(most_tokens * kD),
         normed_(most_tokens * kD),
         wide_(most_tokens * 2 * kF),
         gated_(most_tokens * std::max(kF, kOutStride)),
-        matrices_(kMatrixBytes / 2) {
-    Check(cudaStreamCreate(&stream_), "stream");
+        matrices_(kDevice, kMatrixBytes) {
     Clear(x_, most_tokens * kD);
     Clear(scale_, kF);
     Clear(narrow_, most_tokens * kD);
-    Clear(wide_, most_tokens * 2 * kF);
-    Clear(matrices_, kMatrixBytes / 2);
+    Fill(wide_.data(), most_tokens * 2 * kF);
+    Fill(matrices_.data(), kMatrixBytes / 2);
     const int64_t bytes = most_tokens * kF * 2;
-    const double us = MedianMicroseconds(stream_, replays_, [&] {
-      Check(cudaMemcpyAsync(gated_.data(), wide_.data(), bytes, cudaMemcpyDeviceToDevice, stream_), "copy");
+    const double us = MedianMicroseconds(stream(), replays_, [&] {
+      Check(cudaMemcpyAsync(gated_.data(), wide_.data(), bytes, cudaMemcpyDeviceToDevice, stream()), "copy");
       return absl::OkStatus();
     });
     copy_rate_ = 2.0 * static_cast<double>(bytes) / us;
     Print("copy", most_tokens, us, 2.0 * static_cast<double>(bytes));
   }
-  ~Bench() { cudaStreamDestroy(stream_); }
 
   void Norm(int64_t N) {
     const AddRmsNormArgs args{.rows = N,
                               .width = kD,
                               .x = x_.data(),
-                              .delta_dtype = DType::kBFloat16,
-                              .delta = narrow_.data(),
-                              .sum = x_.data(),
                               .scale = scale_.data(),
                               .epsilon = kNormEpsilon,
                               .normed_dtype = DType::kBFloat16,
                               .normed = normed_.data()};
-    Measure("AddRmsNorm", N, 12.0 * kD * N, [&] { return AddRmsNorm(args, context()); });
+    Measure("RmsNorm", N, 6.0 * kD * N, [&] { return AddRmsNorm(args, context()); });
   }
 
   void Gated(int64_t N) {
@@ -93,29 +106,30 @@ class Bench {
     Measure("OutputNorm", N, 6.0 * kD * N, [&] { return OutputNorm(args, context()); });
   }
 
-  // m rows times a matrix [n, k].
-  void Product(const char* op, int64_t m, int64_t n, int64_t k) {
+  // m rows times a matrix [n, k], or added to the residual stream.
+  void Product(const char* op, int64_t m, int64_t n, int64_t k, bool accumulate = false) {
     const int64_t matrices = kMatrixBytes / (2 * n * k);
     GemmArgs args{.dtype = DType::kBFloat16,
-                  .c_dtype = DType::kBFloat16,
+                  .c_dtype = accumulate ? DType::kFloat32 : DType::kBFloat16,
                   .m = m,
                   .n = n,
                   .k = k,
                   .a = wide_.data(),
                   .lda = k,
                   .ldb = k,
-                  .c = gated_.data(),
-                  .ldc = n};
-    args.b = matrices_.data();
-    if (!GemmSkinnyCudaTakes({.gemm = args})) return;
-    const double us = MedianMicroseconds(stream_, replays_, [&]() -> absl::Status {
+                  .c = accumulate ? static_cast<void*>(x_.data()) : gated_.data(),
+                  .ldc = n,
+                  .accumulate = accumulate};
+    const double us = MedianMicroseconds(stream(), replays_, [&]() -> absl::Status {
       for (int64_t i = 0; i < matrices; ++i) {
-        args.b = matrices_.data() + i * n * k;
-        if (absl::Status status = GemmSkinnyCuda({.gemm = args}, stream_); !status.ok()) return status;
+        args.b = matrices_.data() + i * n * k * 2;
+        if (absl::Status status = Gemm(args, context()); !status.ok()) return status;
       }
       return absl::OkStatus();
     });
-    Print(op, m, us / static_cast<double>(matrices), 2.0 * static_cast<double>(n * k + m * (n + k)));
+    const double c_bytes = accumulate ? 8.0 : 2.0;
+    Print(op, m, us / static_cast<double>(matrices),
+          2.0 * static_cast<double>(n * k + m * k) + c_bytes * static_cast<double>(m * n));
   }
 
   // R rows of T tokens.
@@ -154,7 +168,7 @@ class Bench {
                                 .tail = {.pool = pool.data(), .slot_stride = tail, .offset = 0},
                                 .out = gated_.data(),
                                 .out_stride = kOutStride};
-    const double bytes = 4.0 * kOutStride * N + 8.0 * tail * R;
+    const double bytes = 4.0 * kGate * N + 4.0 * tail * R;
     Measure(T == 1 ? "ShortConvQkv, a token a row" : "ShortConvQkv", N, bytes,
             [&] { return ShortConvQkv(rows, args, context()); });
   }
@@ -164,12 +178,14 @@ class Bench {
   void Clear(const Array<T>& array, int64_t size) {
     Check(cudaMemset(array.data(), 0, size * sizeof(T)), "clearing");
   }
-  OpContext context() const {
-    return {
-        .device = {.type = DeviceType::kCuda, .index = 0}, .parallel_for = NotOnTheHost, .stream = stream_};
+  void Fill(void* values, int64_t size) {
+    RandomKernel<<<4096, 256>>>(static_cast<__nv_bfloat16*>(values), size);
+    Check(cudaDeviceSynchronize(), "filling");
   }
+  cudaStream_t stream() const { return static_cast<cudaStream_t>(stream_.handle()); }
+  OpContext context() const { return {.device = kDevice, .parallel_for = NotOnTheHost, .stream = stream_.handle()}; }
   void Measure(const char* op, int64_t tokens, double bytes, absl::FunctionRef<absl::Status()> call) {
-    Print(op, tokens, MedianMicroseconds(stream_, replays_, call), bytes);
+    Print(op, tokens, MedianMicroseconds(stream(), replays_, call), bytes);
   }
   void Print(const char* op, int64_t tokens, double us, double bytes) const {
     std::printf("{\"op\": \"%s\", \"tokens\": %lld, \"us\": %.1f, \"gb_per_s\": %.0f, \"of_copy\": %.2f}\n",
@@ -178,10 +194,12 @@ class Bench {
   }
 
   const int replays_;
-  cudaStream_t stream_ = nullptr;
+  const DeviceStream stream_;
+  const DeviceStream::Current current_;  // LibTorch makes the products of many tokens.
   double copy_rate_ = 0;  // Bytes a microsecond, read and written.
   const Array<float> x_, scale_;
-  const Array<uint16_t> narrow_, normed_, wide_, gated_, matrices_;
+  const Array<uint16_t> narrow_, normed_, wide_, gated_;
+  const DeviceBuffer matrices_;  // LibTorch's, which so is ready to make products.
 };
 
 }  // namespace
@@ -200,6 +218,13 @@ int main(int argc, char** argv) {
     bench.Product("product to gate and up", m, 2 * deltanet::kF, deltanet::kD);
     bench.Product("product down", m, deltanet::kD, deltanet::kF);
     bench.Product("product to logits", m, 32000, deltanet::kD);
+  }
+  for (const int64_t m : {1, 16, 48, 64, 128, 512, 2048, 16384}) {
+    bench.Product("product out, added", m, deltanet::kD, deltanet::kD, true);
+    bench.Product("product down, added", m, deltanet::kD, deltanet::kF, true);
+    if (m <= 128) continue;
+    bench.Product("product out", m, deltanet::kD, deltanet::kD);
+    bench.Product("product down", m, deltanet::kD, deltanet::kF);
   }
   for (const int64_t tokens : {1, 32, 256, 2048, 16384}) {
     bench.Norm(tokens);
