@@ -1,9 +1,11 @@
-// A `delta_net` layer's operators on a GPU, at the sizes of the 1.3B model in bfloat16 (d = 2048, 16 heads of 128,
-// f = 5632). A JSON line a case: the median time of a CUDA graph that holds one call, the bytes that the call has to
-// move in that time, and that rate as a share of a plain copy's, measured first. Steps of few tokens stay in the L2.
+// A `delta_net` layer's operators on a GPU, at the sizes of the 1.3B model in bfloat16 (d = 2048, 16 heads of
+// 128, f = 5632). A JSON line a case: the median time of a CUDA graph that holds one call, the bytes that the
+// call has to move in that time, and that rate as a share of a plain copy's, measured first. Steps of few
+// tokens stay in the L2.
 //
-// Products are those of few tokens that are our own (on Hopper). Of them a graph holds a row, each with another
-// matrix, so that these come from memory, and the time is one's share of the row's: the next begins while one ends.
+// Products are those of few tokens that are our own (on Hopper), with what surrounds them in a layer. Of them
+// a graph holds a row, each with another matrix, so that these come from memory, and the time is one's share
+// of the row's: the next begins while one ends.
 //
 //   ops_cuda_bench [REPLAYS]     (30)
 #include <algorithm>
@@ -25,6 +27,7 @@ namespace {
 
 constexpr int64_t kD = 2048, kHeads = 16, kSize = 128, kF = 5632, kTaps = 4;
 constexpr int64_t kQkv = 3 * kD, kGate = kQkv + kHeads, kZStride = kGate + kD, kOutStride = kQkv + kHeads;
+constexpr int64_t kMostProductTokens = 128;
 constexpr int64_t kMatrixBytes = int64_t{512} << 20;  // Of weights: many times the L2.
 constexpr RmsEpsilon kNormEpsilon = {.after = 0.0f, .inside = 1e-5f};
 
@@ -38,12 +41,14 @@ class Bench {
         normed_(most_tokens * kD),
         wide_(most_tokens * 2 * kF),
         gated_(most_tokens * std::max(kF, kOutStride)),
+        squares_(kMostProductTokens * SquaresWidth(kD)),
         matrices_(kMatrixBytes / 2) {
     Check(cudaStreamCreate(&stream_), "stream");
     Clear(x_, most_tokens * kD);
     Clear(scale_, kF);
     Clear(narrow_, most_tokens * kD);
     Clear(wide_, most_tokens * 2 * kF);
+    Clear(squares_, kMostProductTokens * SquaresWidth(kD));
     Clear(matrices_, kMatrixBytes / 2);
     const int64_t bytes = most_tokens * kF * 2;
     const double us = MedianMicroseconds(stream_, replays_, [&] {
@@ -93,29 +98,68 @@ class Bench {
     Measure("OutputNorm", N, 6.0 * kD * N, [&] { return OutputNorm(args, context()); });
   }
 
-  // m rows times a matrix [n, k].
-  void Product(const char* op, int64_t m, int64_t n, int64_t k) {
-    const int64_t matrices = kMatrixBytes / (2 * n * k);
-    GemmArgs args{.dtype = DType::kBFloat16,
-                  .c_dtype = DType::kBFloat16,
-                  .m = m,
-                  .n = n,
-                  .k = k,
-                  .a = wide_.data(),
-                  .lda = k,
-                  .ldb = k,
-                  .c = gated_.data(),
-                  .ldc = n};
-    args.b = matrices_.data();
-    if (!GemmSkinnyCudaTakes({.gemm = args})) return;
+  // m rows times a matrix [n, k]; with an RMSNorm before it, or not.
+  FusedGemmArgs Fused(int64_t m, int64_t n, int64_t k, FusedGemmArgs::Then then, bool normed) const {
+    FusedGemmArgs args{.gemm = {.dtype = DType::kBFloat16,
+                                .c_dtype = DType::kBFloat16,
+                                .m = m,
+                                .n = n,
+                                .k = k,
+                                .a = wide_.data(),
+                                .lda = k,
+                                .b = matrices_.data(),
+                                .ldb = k,
+                                .c = gated_.data(),
+                                .ldc = then == FusedGemmArgs::Then::kGate ? n / 2 : n}};
+    if (normed) args.squares = squares_.data();
+    args.epsilon = kNormEpsilon;
+    args.then = then;
+    args.gate = GateKind::kSiluFirst;
+    if (then == FusedGemmArgs::Then::kAdd) {
+      args.x = x_.data();
+      args.scale = scale_.data();
+      args.x_squares = squares_.data();
+    }
+    return args;
+  }
+
+  // These products in turn.
+  void Products(const char* op, std::vector<FusedGemmArgs> turn) {
+    int64_t elements = 0;
+    double bytes = 0;
+    for (const FusedGemmArgs& args : turn) {
+      if (!GemmSkinnyCudaTakes(args)) return;
+      const GemmArgs& gemm = args.gemm;
+      elements += gemm.n * gemm.k;
+      bytes += 2.0 * static_cast<double>(gemm.n * gemm.k + gemm.m * (gemm.k + gemm.ldc));
+    }
+    const int64_t turns = kMatrixBytes / (2 * elements);
     const double us = MedianMicroseconds(stream_, replays_, [&]() -> absl::Status {
-      for (int64_t i = 0; i < matrices; ++i) {
-        args.b = matrices_.data() + i * n * k;
-        if (absl::Status status = GemmSkinnyCuda({.gemm = args}, stream_); !status.ok()) return status;
+      const uint16_t* matrix = matrices_.data();
+      for (int64_t i = 0; i < turns; ++i) {
+        for (FusedGemmArgs& args : turn) {
+          args.gemm.b = matrix;
+          matrix += args.gemm.n * args.gemm.k;
+          if (absl::Status status = GemmSkinnyCuda(args, stream_); !status.ok()) return status;
+        }
       }
       return absl::OkStatus();
     });
-    Print(op, m, us / static_cast<double>(matrices), 2.0 * static_cast<double>(n * k + m * (n + k)));
+    Print(op, turn[0].gemm.m, us / static_cast<double>(turns), bytes);
+  }
+
+  void LayersProducts(int64_t m) {
+    using Then = FusedGemmArgs::Then;
+    const FusedGemmArgs qkv = Fused(m, kGate, kD, Then::kStore, true),
+                        out = Fused(m, kD, kD, Then::kAdd, false),
+                        ff_in = Fused(m, 2 * kF, kD, Then::kGate, true),
+                        ff_out = Fused(m, kD, kF, Then::kAdd, false);
+    Products("product to q, k, v, beta", {qkv});
+    Products("product out", {out});
+    Products("product to gate and up", {ff_in});
+    Products("product down", {ff_out});
+    Products("these four in turn", {qkv, out, ff_in, ff_out});
+    Products("product to logits", {Fused(m, 32000, kD, Then::kStore, false)});
   }
 
   // R rows of T tokens.
@@ -181,7 +225,9 @@ class Bench {
   cudaStream_t stream_ = nullptr;
   double copy_rate_ = 0;  // Bytes a microsecond, read and written.
   const Array<float> x_, scale_;
-  const Array<uint16_t> narrow_, normed_, wide_, gated_, matrices_;
+  const Array<uint16_t> narrow_, normed_, wide_, gated_;
+  const Array<float> squares_;
+  const Array<uint16_t> matrices_;
 };
 
 }  // namespace
@@ -194,13 +240,7 @@ int main(int argc, char** argv) {
     return 77;
   }
   deltanet::Bench bench(16384, argc > 1 ? std::atoi(argv[1]) : 30);
-  for (const int64_t m : {1, 16, 48, 64, 128}) {
-    bench.Product("product to q, k, v, beta", m, deltanet::kGate, deltanet::kD);
-    bench.Product("product out", m, deltanet::kD, deltanet::kD);
-    bench.Product("product to gate and up", m, 2 * deltanet::kF, deltanet::kD);
-    bench.Product("product down", m, deltanet::kD, deltanet::kF);
-    bench.Product("product to logits", m, 32000, deltanet::kD);
-  }
+  for (const int64_t m : {1, 16, 32, 64, 128}) bench.LayersProducts(m);
   for (const int64_t tokens : {1, 32, 256, 2048, 16384}) {
     bench.Norm(tokens);
     bench.Gated(tokens);
