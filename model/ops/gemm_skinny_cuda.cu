@@ -2,34 +2,39 @@
 // with what surrounds them in a layer (FusedGemmArgs): a [m, k] b^T, b [n, k], m at most kMostTokens.
 //
 // Tiling: b is the operand with the product's 64 rows, the tokens are its columns (8, 16, 32, 64 or 128 of
-// them). A block has 128 rows of b and all tokens; two warpgroups multiply, 64 rows each, and one thread of a
-// further warp queues the copies, in steps of 64 elements of k, into a ring in shared memory: 16 KiB of b and
-// up to 16 KiB of a a step, at most 112 KiB, so that two blocks fit a multiprocessor and 12 to 25 MB are
-// under way. Where b has fewer tiles than would fill the device, 2, 4 or 8 blocks share a tile, each a part
-// of k; they are a cluster, each leaves its sums in its shared memory, and each adds up a part of the tokens,
-// of all blocks in the order of their ranks. So there are no atomics and no workspace, and the same operands
-// give the same bits. Then a warp has a token's 128 sums, four a lane, which it stores, or adds to the
-// residual stream and squares, or gates: for that the tile is 64 rows of the first half of b and the 64 that
-// belong to them of the second.
+// them). A block has 128 rows of b and all tokens; two warpgroups multiply, 64 rows each. One thread of a
+// further warp queues the copies of b and one of the next warp those of a, in steps of 64 elements of k, into
+// a ring in shared memory: 16 KiB of b and up to 16 KiB of a a step, at most 112 KiB, so that two blocks fit
+// a multiprocessor. Of b no more than some 50 KiB a block are on their way, which is enough for the memory:
+// all else that a block waits for comes out of the L2, and queues behind them. The second of the two warps
+// finds the norm's factors as well. Where b has fewer tiles than would fill the device, 2, 4 or 8 blocks
+// share a tile, each a part of k; they are a cluster, each leaves its sums in its shared memory, and each
+// adds up a part of the tokens, of all blocks in the order of their ranks. So there are no atomics and no
+// workspace, and the same operands give the same bits. Then a warp has a token's 128 sums, four a lane, which
+// it stores, or adds to the residual stream and squares, or gates: for that the tile is 64 rows of the first
+// half of b and the 64 that belong to them of the second.
 //
 // The kernel begins while the one before it still runs (LaunchOverlapping): the ring is filled with b, which
-// is constant; then it waits for its tokens. (To bring more of b into the L2 meanwhile was no gain, and a
-// loss where b is larger than the L2.)
+// is constant; then it waits for its tokens. It lets the next one begin when it has asked for its last steps
+// of b, or nearly (StepsLeft): what the next one asks for earlier comes out of its own time, and with many
+// tokens it is the end of a product, not its beginning, that leaves the memory idle.
 //
 // Bytes: 2 n k of b, and 2 m k of a for each tile, out of the L2. FLOPs: 2 m n k, of which tensor cores have
-// plenty. On an H200, products in a row that begin while the one before ends, each of another matrix, in us,
-// against b at 4.25 TB/s:
+// plenty. On an H200 (27 November 2026), products in a row that begin while the one before ends, each of
+// another matrix, with what surrounds them in a layer, in us, against b at 4.25 TB/s:
 //
-//   n, k             floor   m = 1     16     64    128
-//   6160, 2048         5.9     8.0    8.6   10.6   14.6
-//   2048, 2048         2.0     4.0    4.3    5.9   10.9
-//   11264, 2048       10.9    13.3   14.0   17.0   19.2
-//   2048, 5632         5.4     8.0    8.6   11.1   16.6
-//   32000, 2048       30.8    31.8   33.1   35.5   39.5
+//   n, k, then         floor   m = 1     16     32     64    128
+//   6160, 2048           5.9     7.8    8.1    8.6   10.2   15.4
+//   2048, 2048, add      2.0     4.4    4.7    5.3    6.9   10.3
+//   11264, 2048, gate   10.9    13.3   13.9   15.2   16.8   21.5
+//   2048, 5632, add      5.4     8.0    8.3    9.6   11.3   15.9
+//   the four in turn    24.2    33.0   35.2   38.0   45.1   63.9
 //
-// What is missing is in the handing over: some 2 us a product from the end of one to the tokens of the next,
-// in which the ring fills up and the memory then idles; and with many tokens the reading of them and the
-// adding up.
+// What is missing is the chain from the end of one to the products of the next, 4.4 us with one token (the
+// second line is nothing else) and 7 with 64, of which the ring covers some 2. Tried and no gain: one block a
+// multiprocessor, so that the next kernel's fits beside; tokens copied to two or four blocks of a cluster at
+// once; more of b brought into the L2 meanwhile; clusters of at most four; one kernel for the four, whose
+// ring runs on over barriers of the whole grid (51 us with one token, 68 with 64).
 #include <algorithm>
 #include <cstdint>
 
@@ -49,7 +54,7 @@ constexpr int kStep = 64;          // Elements of k in a stage.
 constexpr int kConsumers = 2;      // Warpgroups that multiply.
 constexpr int kMostBlocks = 8;     // Of a cluster.
 constexpr int kPitch = kRows + 4;  // Floats of a token's sums: no two lanes of a warp meet in a bank.
-constexpr int kThreads = 128 * kConsumers + 32;
+constexpr int kThreads = 128 * kConsumers + 64;
 static_assert(kRows == kSquaresOf, "a tile's squares are one sum");
 
 using Then = FusedGemmArgs::Then;
@@ -70,71 +75,83 @@ struct Problem {
   float* x_squares;  // [m, tiles]
 };
 
+// Steps of b that a block has yet to ask for when it lets the next kernel begin.
+constexpr int StepsLeft(int tokens) { return tokens <= 32 ? 4 : 0; }
+
 template <int kTokens>
 struct Layout {
-  static constexpr int kRowsBytes = kRows * kStep * 2;
-  static constexpr int kStageBytes = kRowsBytes + kTokens * kStep * 2;
-  static constexpr int kStages = (112 * 1024 - 4 * kTokens - 128) / kStageBytes;
-  static constexpr int kFactors = kStages * kStageBytes;  // [kTokens] Floats.
+  static constexpr int kRowsBytes = kRows * kStep * 2, kTokensBytes = kTokens * kStep * 2;
+  static constexpr int kStageBytes = kRowsBytes + kTokensBytes;
+  static constexpr int kStages = (112 * 1024 - 4 * kTokens - 256) / kStageBytes;
+  static constexpr int kOnTheirWay = (48 * 1024 + kStageBytes - 1) / kStageBytes;  // Steps of b, at most.
+  static constexpr int kFactors = kStages * kStageBytes;                           // [kTokens] Floats.
   static constexpr int kBarriers = kFactors + 4 * kTokens;
-  static constexpr int kBytes = kBarriers + 16 * kStages;
+  static constexpr int kBytes = kBarriers + 24 * kStages;
   static_assert(kTokens * kPitch * 4 <= kFactors, "the sums take the ring's place");
+  static_assert(kOnTheirWay <= kStages);
 
   __device__ static uint32_t Rows(uint32_t base, int slot) { return base + slot * kStageBytes; }
   __device__ static uint32_t Tokens(uint32_t base, int slot) { return Rows(base, slot) + kRowsBytes; }
-  __device__ static uint32_t Loaded(uint32_t base, int slot) { return base + kBarriers + 16 * slot; }
-  __device__ static uint32_t Free(uint32_t base, int slot) { return Loaded(base, slot) + 8; }
+  __device__ static uint32_t RowsThere(uint32_t base, int slot) { return base + kBarriers + 24 * slot; }
+  __device__ static uint32_t TokensThere(uint32_t base, int slot) { return RowsThere(base, slot) + 8; }
+  __device__ static uint32_t Free(uint32_t base, int slot) { return RowsThere(base, slot) + 16; }
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// By one thread: steps [first, first + steps) of row tile `tile` into the ring.
+// By one thread: b's part in steps [first, first + steps) of row tile `tile` into the ring.
 template <int kTokens>
-__device__ inline void Produce(const CUtensorMap* rows, const CUtensorMap* tokens, const Problem& problem,
-                               uint32_t base, int tile, int first, int steps) {
+__device__ inline void ProduceRows(const CUtensorMap* rows, const Problem& problem, uint32_t base, int tile,
+                                   int first, int steps) {
   using L = Layout<kTokens>;
   const int row = tile * problem.rows_of_tile;
-  const auto copy_rows = [&](int step) {
+  for (int step = 0; step < steps; ++step) {
+    if (const int landed = step - L::kOnTheirWay; landed >= 0) {
+      BarrierWait(L::RowsThere(base, landed % L::kStages), (landed / L::kStages) & 1);
+    }
     const int slot = step % L::kStages, k = (first + step) * kStep;
-    BarrierArriveExpecting(L::Loaded(base, slot), L::kStageBytes);
-    CopyBox(L::Rows(base, slot), rows, k, row, L::Loaded(base, slot));
-    CopyBox(L::Rows(base, slot) + kTileBytes, rows, k, row + problem.second_half, L::Loaded(base, slot));
-  };
-  const auto copy_tokens = [&](int step) {
-    const int slot = step % L::kStages;
-    CopyBox(L::Tokens(base, slot), tokens, (first + step) * kStep, 0, L::Loaded(base, slot));
-  };
-  const int filled = min(steps, L::kStages);
-  for (int step = 0; step < filled; ++step) copy_rows(step);
-  PrefetchMap(tokens);
-  AwaitEarlier();
-  for (int step = 0; step < filled; ++step) copy_tokens(step);
-  for (int step = filled; step < steps; ++step) {
-    BarrierWait(L::Free(base, step % L::kStages), (step / L::kStages - 1) & 1);
-    copy_rows(step);
-    copy_tokens(step);
+    const uint32_t to = L::Rows(base, slot), there = L::RowsThere(base, slot);
+    BarrierWait(L::Free(base, slot), (step / L::kStages + 1) & 1);
+    BarrierArriveExpecting(there, L::kRowsBytes);
+    CopyBox(to, rows, k, row, there);
+    CopyBox(to + kTileBytes, rows, k, row + problem.second_half, there);
+    if (steps - step - 1 == StepsLeft(kTokens)) LetNextBegin();
   }
 }
 
-// By the warps that multiply: the factors of the tokens' RMSNorms.
+// By one thread: a's part in steps [begin, end) of those.
+template <int kTokens>
+__device__ inline void ProduceTokens(const CUtensorMap* tokens, uint32_t base, int first, int begin,
+                                     int end) {
+  using L = Layout<kTokens>;
+  for (int step = begin; step < end; ++step) {
+    const int slot = step % L::kStages;
+    const uint32_t there = L::TokensThere(base, slot);
+    BarrierWait(L::Free(base, slot), (step / L::kStages + 1) & 1);
+    BarrierArriveExpecting(there, L::kTokensBytes);
+    CopyBox(L::Tokens(base, slot), tokens, (first + step) * kStep, 0, there);
+  }
+}
+
+// By a warp: the factors of the tokens' RMSNorms, a lane a token.
 template <int kTokens>
 __device__ inline void FindFactors(const Problem& problem, float* factors) {
-  constexpr int kWarps = 4 * kConsumers, kHeld = kTokens / kWarps;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  float squares[kHeld] = {};
-  AwaitEarlier();
-  for (int j = lane; j < problem.squares_width; j += 32) {
+  constexpr int kHeld = (kTokens + 31) / 32, kAtOnce = kHeld == 1 ? 16 : 32 / kHeld;
+  const int lane = threadIdx.x % 32;
+  float sums[kHeld] = {};
+#pragma unroll kAtOnce
+  for (int j = 0; j < problem.squares_width; ++j) {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
-      const int token = warp + i * kWarps;
-      if (token < problem.m) squares[i] += problem.squares[int64_t{token} * problem.squares_width + j];
+      const int token = min(lane + 32 * i, problem.m - 1);
+      sums[i] += problem.squares[int64_t{token} * problem.squares_width + j];
     }
   }
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
-    const float mean = WarpSum(squares[i]) / static_cast<float>(problem.k);
+    const float mean = sums[i] / static_cast<float>(problem.k);
     const float factor = 1.0f / (sqrtf(mean + problem.epsilon.inside) + problem.epsilon.after);
-    if (lane == 0) factors[warp + i * kWarps] = factor;
+    if (lane + 32 * i < kTokens) factors[lane + 32 * i] = factor;
   }
 }
 
@@ -147,7 +164,8 @@ __device__ inline void Multiply(uint32_t base, float* sums_of_block, int group, 
   float sums[kTokens / 2];
   for (int step = 0; step < steps; ++step) {
     const int slot = step % L::kStages;
-    BarrierWait(L::Loaded(base, slot), (step / L::kStages) & 1);
+    BarrierWait(L::RowsThere(base, slot), (step / L::kStages) & 1);
+    BarrierWait(L::TokensThere(base, slot), (step / L::kStages) & 1);
     const uint32_t rows = TileByRows(L::Rows(base, slot) + group * kTileBytes);
     const uint32_t tokens = TileByRows(L::Tokens(base, slot));
     AsyncProductsBegin();
@@ -274,26 +292,39 @@ __global__ void __launch_bounds__(kThreads, 2)
   const uint32_t base = SharedAddress(memory);
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < L::kStages; ++slot) {
-      BarrierInit(L::Loaded(base, slot), 1);
+      BarrierInit(L::RowsThere(base, slot), 1);
+      BarrierInit(L::TokensThere(base, slot), 1);
       BarrierInit(L::Free(base, slot), 4 * kConsumers);
     }
     BarrierInitFence();
   }
   __syncthreads();
-  LetNextBegin();
 
   const int blocks = ClusterBlocks(), rank = ClusterRank();
   const int tile = static_cast<int>(blockIdx.x) / blocks;
   const int first = problem.steps * rank / blocks, steps = problem.steps * (rank + 1) / blocks - first;
-  const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
+  if (steps <= StepsLeft(kTokens)) LetNextBegin();
   // Nobody gets past the products before the tokens are there, so before AwaitEarlier is past.
+  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
   float* const factors = reinterpret_cast<float*>(memory + L::kFactors);
-  if (group == kConsumers) {
-    if (threadIdx.x % 32 == 0) Produce<kTokens>(&rows, &tokens, problem, base, tile, first, steps);
+  if (warp < 4 * kConsumers) {
+    Multiply<kTokens>(base, reinterpret_cast<float*>(memory), warp / 4, steps);
+  } else if (warp == 4 * kConsumers) {
+    if (threadIdx.x % 32 == 0) ProduceRows<kTokens>(&rows, problem, base, tile, first, steps);
     __syncwarp();
   } else {
+    const bool copies = threadIdx.x % 32 == 0;
+    const int before = min(steps, 2 * L::kStages);  // Later on a pause is not noticed.
+    if (copies) PrefetchMap(&tokens);
+    // Parameters come from memory when they are first read: those that are needed last are read here too.
+    asm volatile("" ::"l"(problem.c), "l"(problem.squares), "l"(problem.x), "l"(problem.x_squares));
+    AwaitEarlier();
+    if (copies) ProduceTokens<kTokens>(&tokens, base, first, 0, before);
+    __syncwarp();
     if (problem.squares != nullptr) FindFactors<kTokens>(problem, factors);
-    Multiply<kTokens>(base, reinterpret_cast<float*>(memory), group, steps);
+    __syncwarp();
+    if (copies) ProduceTokens<kTokens>(&tokens, base, first, before, steps);
+    __syncwarp();
   }
   switch (blocks) {
     case 1:

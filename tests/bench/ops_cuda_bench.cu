@@ -1,10 +1,12 @@
-// A `delta_net` layer's operators on a GPU, at the sizes of the 1.3B model in bfloat16 (d = 2048, 16 heads of 128,
-// f = 5632). A JSON line a case: the median time of a CUDA graph that holds one call, the bytes that the call has to
-// move in that time, and that rate as a share of a plain copy's, measured first. Steps of few tokens stay in the L2.
+// A `delta_net` layer's operators on a GPU, at the sizes of the 1.3B model in bfloat16 (d = 2048, 16 heads of
+// 128, f = 5632). A JSON line a case: the median time of a CUDA graph that holds one call, the bytes that the
+// call has to move in that time, and that rate as a share of a plain copy's, measured first. Steps of few
+// tokens stay in the L2.
 //
-// Of products a graph holds a row, each with another matrix, so that these come from memory, and the time is one's
-// share of the row's. Operands are random: of zeros, a library's product of many tokens is faster than the device
-// has power for.
+// Products of few tokens have what surrounds them in a layer with them (FusedGemm, on Hopper), those of many
+// are added to the residual stream where a layer adds them. Of products a graph holds a row, each with
+// another matrix, so that these come from memory, and the time is one's share of the row's. Operands are
+// random: of zeros, a library's product of many tokens is faster than the device has power for.
 //
 //   ops_cuda_bench [REPLAYS]     (30)
 #include <cuda_bf16.h>
@@ -30,6 +32,7 @@ namespace {
 constexpr int64_t kD = 2048, kHeads = 16, kSize = 128, kF = 5632, kTaps = 4;
 constexpr int64_t kQkv = 3 * kD, kGate = kQkv + kHeads;
 constexpr int64_t kZStride = RoundUp(kGate + kD, 64), kOutStride = RoundUp(kGate, 64);
+constexpr int64_t kMostFusedTokens = 128;
 constexpr int64_t kMatrixBytes = int64_t{512} << 20;  // Of weights: many times the L2.
 constexpr Device kDevice = {.type = DeviceType::kCuda, .index = 0};
 constexpr RmsEpsilon kNormEpsilon = {.after = 0.0f, .inside = 1e-5f};
@@ -56,10 +59,12 @@ class Bench {
         normed_(most_tokens * kD),
         wide_(most_tokens * 2 * kF),
         gated_(most_tokens * std::max(kF, kOutStride)),
+        squares_(kMostFusedTokens * SquaresWidth(kD)),
         matrices_(kDevice, kMatrixBytes) {
     Clear(x_, most_tokens * kD);
     Clear(scale_, kF);
     Clear(narrow_, most_tokens * kD);
+    Clear(squares_, kMostFusedTokens * SquaresWidth(kD));
     Fill(wide_.data(), most_tokens * 2 * kF);
     Fill(matrices_.data(), kMatrixBytes / 2);
     const int64_t bytes = most_tokens * kF * 2;
@@ -132,6 +137,70 @@ class Bench {
           2.0 * static_cast<double>(n * k + m * k) + c_bytes * static_cast<double>(m * n));
   }
 
+  // m rows times a matrix [n, k]; with an RMSNorm before it, or not.
+  FusedGemmArgs Fused(int64_t m, int64_t n, int64_t k, FusedGemmArgs::Then then, bool normed) const {
+    FusedGemmArgs args{.gemm = {.dtype = DType::kBFloat16,
+                                .c_dtype = DType::kBFloat16,
+                                .m = m,
+                                .n = n,
+                                .k = k,
+                                .a = wide_.data(),
+                                .lda = k,
+                                .b = matrices_.data(),
+                                .ldb = k,
+                                .c = gated_.data(),
+                                .ldc = then == FusedGemmArgs::Then::kGate ? n / 2 : n}};
+    if (normed) args.squares = squares_.data();
+    args.epsilon = kNormEpsilon;
+    args.then = then;
+    args.gate = GateKind::kSiluFirst;
+    if (then == FusedGemmArgs::Then::kAdd) {
+      args.x = x_.data();
+      args.scale = scale_.data();
+      args.x_squares = squares_.data();
+    }
+    return args;
+  }
+
+  // These products in turn.
+  void Products(const char* op, std::vector<FusedGemmArgs> turn) {
+    int64_t elements = 0;
+    double bytes = 0;
+    for (const FusedGemmArgs& args : turn) {
+      if (!FusedGemmTakes(args, context())) return;
+      const GemmArgs& gemm = args.gemm;
+      elements += gemm.n * gemm.k;
+      bytes += 2.0 * static_cast<double>(gemm.n * gemm.k + gemm.m * (gemm.k + gemm.ldc));
+    }
+    const int64_t turns = kMatrixBytes / (2 * elements);
+    const double us = MedianMicroseconds(stream(), replays_, [&]() -> absl::Status {
+      const char* matrix = matrices_.data();
+      for (int64_t i = 0; i < turns; ++i) {
+        for (FusedGemmArgs& args : turn) {
+          args.gemm.b = matrix;
+          matrix += 2 * args.gemm.n * args.gemm.k;
+          if (absl::Status status = FusedGemm(args, context()); !status.ok()) return status;
+        }
+      }
+      return absl::OkStatus();
+    });
+    Print(op, turn[0].gemm.m, us / static_cast<double>(turns), bytes);
+  }
+
+  void LayersProducts(int64_t m) {
+    using Then = FusedGemmArgs::Then;
+    const FusedGemmArgs qkv = Fused(m, kGate, kD, Then::kStore, true),
+                        out = Fused(m, kD, kD, Then::kAdd, false),
+                        ff_in = Fused(m, 2 * kF, kD, Then::kGate, true),
+                        ff_out = Fused(m, kD, kF, Then::kAdd, false);
+    Products("product to q, k, v, beta", {qkv});
+    Products("product out", {out});
+    Products("product to gate and up", {ff_in});
+    Products("product down", {ff_out});
+    Products("these four in turn", {qkv, out, ff_in, ff_out});
+    Products("product to logits", {Fused(m, 32000, kD, Then::kStore, false)});
+  }
+
   // R rows of T tokens.
   void Conv(int64_t R, int64_t T) {
     const int64_t N = R * T, tail = (kTaps - 1) * kQkv;
@@ -183,7 +252,9 @@ class Bench {
     Check(cudaDeviceSynchronize(), "filling");
   }
   cudaStream_t stream() const { return static_cast<cudaStream_t>(stream_.handle()); }
-  OpContext context() const { return {.device = kDevice, .parallel_for = NotOnTheHost, .stream = stream_.handle()}; }
+  OpContext context() const {
+    return {.device = kDevice, .parallel_for = NotOnTheHost, .stream = stream_.handle()};
+  }
   void Measure(const char* op, int64_t tokens, double bytes, absl::FunctionRef<absl::Status()> call) {
     Print(op, tokens, MedianMicroseconds(stream(), replays_, call), bytes);
   }
@@ -196,9 +267,10 @@ class Bench {
   const int replays_;
   const DeviceStream stream_;
   const DeviceStream::Current current_;  // LibTorch makes the products of many tokens.
-  double copy_rate_ = 0;  // Bytes a microsecond, read and written.
+  double copy_rate_ = 0;                 // Bytes a microsecond, read and written.
   const Array<float> x_, scale_;
   const Array<uint16_t> narrow_, normed_, wide_, gated_;
+  const Array<float> squares_;
   const DeviceBuffer matrices_;  // LibTorch's, which so is ready to make products.
 };
 
@@ -212,19 +284,12 @@ int main(int argc, char** argv) {
     return 77;
   }
   deltanet::Bench bench(16384, argc > 1 ? std::atoi(argv[1]) : 30);
-  for (const int64_t m : {1, 16, 48, 64, 128}) {
+  for (const int64_t m : {1, 16, 32, 64, 128}) bench.LayersProducts(m);
+  for (const int64_t m : {512, 2048, 16384}) {
     bench.Product("product to q, k, v, beta", m, deltanet::kGate, deltanet::kD);
-    bench.Product("product out", m, deltanet::kD, deltanet::kD);
+    bench.Product("product out", m, deltanet::kD, deltanet::kD, /*accumulate=*/true);
     bench.Product("product to gate and up", m, 2 * deltanet::kF, deltanet::kD);
-    bench.Product("product down", m, deltanet::kD, deltanet::kF);
-    bench.Product("product to logits", m, 32000, deltanet::kD);
-  }
-  for (const int64_t m : {1, 16, 48, 64, 128, 512, 2048, 16384}) {
-    bench.Product("product out, added", m, deltanet::kD, deltanet::kD, true);
-    bench.Product("product down, added", m, deltanet::kD, deltanet::kF, true);
-    if (m <= 128) continue;
-    bench.Product("product out", m, deltanet::kD, deltanet::kD);
-    bench.Product("product down", m, deltanet::kD, deltanet::kF);
+    bench.Product("product down", m, deltanet::kD, deltanet::kF, /*accumulate=*/true);
   }
   for (const int64_t tokens : {1, 32, 256, 2048, 16384}) {
     bench.Norm(tokens);
