@@ -110,6 +110,9 @@ int64_t ProductRows(int64_t rows, const ModelOptions& options) {
   return GemmRows(rows, options.deterministic, options.device);
 }
 
+// Whether the delta rule may split long rows, so that their bits depend on the rows beside them.
+bool Splits(const ModelOptions& options) { return !options.deterministic; }
+
 // Lays out buffers one behind the other; as they are by default, at multiples of the 256 bytes that cuBLAS
 // looks at when it chooses a kernel, which must not depend on the staging that a step happens to have.
 class Layout {
@@ -131,7 +134,7 @@ class Layout {
 // Intermediate results of one step, on the device; one after another the steps use the same. Named by
 // content; T is the dtype of the weights' matrices. Sizes are those of the largest step.
 struct Workspace {
-  Workspace(const Weights& weights, const ModelOptions& options) {
+  Workspace(const Weights& weights, const ModelOptions& options, int64_t chunk_blocks) {
     const int64_t tokens = ProductRows(options.max_step_tokens, options);
     const int64_t d = weights.config.d_model;
     const int64_t value_width = weights.heads * weights.value_dim;
@@ -143,6 +146,10 @@ struct Workspace {
     qkv_stride = composed ? z_stride : RoundUp(QkvWidth(weights) + weights.heads, kRowAlignment);
     logits_rows = Generates(weights.config) ? MaxLogits(weights, options) : 0;
     const int64_t logits_floats = ProductRows(logits_rows, options) * weights.head.outputs;
+    const int64_t states =
+        Splits(options) && chunk_blocks > 0
+            ? MaxSegmentStates(options.max_step_tokens, weights.heads, weights.value_dim, chunk_blocks)
+            : 0;
     Layout layout;
     const int64_t at[] = {layout.Take(composed ? tokens * d : 0, DType::kFloat32),
                           layout.Take(composed ? tokens * kConvTaps * d : 0, t),
@@ -154,7 +161,8 @@ struct Workspace {
                           layout.Take(tokens * 2 * ff, t),
                           layout.Take(tokens * ff, t),
                           layout.Take(logits_floats, DType::kFloat32),
-                          layout.Take(tokens * SquaresWidth(d), DType::kFloat32)};
+                          layout.Take(tokens * SquaresWidth(d), DType::kFloat32),
+                          layout.Take(states * weights.key_dim * value_width, DType::kFloat32)};
     buffer = DeviceBuffer(options.device, layout.bytes());
     centre = reinterpret_cast<float*>(buffer.data() + at[0]);
     taps = buffer.data() + at[1];
@@ -167,6 +175,7 @@ struct Workspace {
     ff_gated = buffer.data() + at[8];
     logits = reinterpret_cast<float*>(buffer.data() + at[9]);
     squares = reinterpret_cast<float*>(buffer.data() + at[10]);
+    segment_states = reinterpret_cast<float*>(buffer.data() + at[11]);
   }
 
   int64_t z_stride, qkv_stride, logits_rows;
@@ -182,6 +191,7 @@ struct Workspace {
   void* ff_gated;  // [N, f] T
   float* logits;   // [logits_rows, vocabulary] For readouts, a block of them at a time.
   float* squares;  // [N, SquaresWidth(d)] In fused layers, of the residual stream.
+  float* segment_states;  // [states, H, K, V] Between the segments of long rows (ops/delta_rule_plan.h).
   DeviceBuffer buffer;
 };
 
@@ -265,7 +275,7 @@ struct Staging {
   }
   // Of what is copied to the device behind `rows`.
   int64_t rows_bytes() const {
-    return RowsLayout(shape).plan_at + chunks.size() * static_cast<int64_t>(sizeof(int32_t));
+    return RowsLayout(shape).plan_at + chunks.size * static_cast<int64_t>(sizeof(int32_t));
   }
 
   // Where a step's numbers are, in bytes from Side::rows: close together, so that they are one short copy.
@@ -339,7 +349,7 @@ struct Staging {
   int64_t reads = 0;
   bool wants_top = false;
   StepShape shape;  // and as it runs, with padding.
-  ChunkPlan chunks;                    // With its pieces on the host.
+  ChunkPlan chunks;                    // With its numbers on the host.
   const DeviceGraph* graph = nullptr;  // That runs it; null: operator by operator.
 
   std::map<std::pair<int64_t, int64_t>, DeviceGraph> graphs;  // By their shape's outputs and reads.
@@ -378,7 +388,8 @@ class Engine final : public Model {
         layers_fuse_(LayersFuse(weights_, options)),
         threads_(options.cpu_threads),
         chunk_blocks_(DeltaRuleChunkBlocks(options.device, weights_.dtype, weights_.key_dim, weights_.value_dim)),
-        workspace_(weights_, options),
+        splits_(Splits(options)),
+        workspace_(weights_, options, chunk_blocks_),
         copy_in_(options.device),
         compute_(options.device),
         copy_out_(options.device) {
@@ -543,7 +554,7 @@ class Engine final : public Model {
     }
     if (chunk_blocks_ > 0) {
       s.chunks = PlanChunks({s.host.offsets, rows.size() + 1}, weights_.heads, weights_.value_dim, chunk_blocks_,
-                            s.host.plan);
+                            splits_, s.host.plan);
     }
     if (bucket.has_value()) {
       FillPadding(&s);
@@ -938,6 +949,7 @@ class Engine final : public Model {
       rule.out = static_cast<float*>(w.mixed);
     }
     rule.nonfinite = nonfinite;
+    rule.segment_states = w.segment_states;
     return rule;
   }
 
@@ -1158,7 +1170,7 @@ class Engine final : public Model {
     rows.position = side.position;
     rows.end = side.end;
     rows.chunks = s.chunks;
-    rows.chunks.pieces = side.plan;
+    rows.chunks.numbers = side.plan;
     float* x = side.x;
     const int64_t d = weights_.config.d_model;
     if (description_.takes_tokens) {
@@ -1253,6 +1265,7 @@ class Engine final : public Model {
   const bool layers_fuse_;
   const int threads_;
   const int64_t chunk_blocks_;  // Of the delta rule's kernel for long rows; 0: there is none.
+  const bool splits_;           // Whether such rows may be split: their bits then depend on the others.
   bool captures_ = false;
   std::vector<int64_t> buckets_;  // Ascending; none: nothing is padded.
   ModelDescription description_;

@@ -36,6 +36,8 @@ struct DeltaRuleArgs {
   int32_t* nonfinite =
       nullptr;  // [R]: set to 1 where a row's new state holds an infinity or NaN; else left alone.
   int64_t longer_than = -1;  // On CUDA: rows of this many tokens or fewer are left alone.
+  // Where rows.chunks splits rows: MaxSegmentStates (delta_rule_plan.h) times [H, K, V], overwritten.
+  float* segment_states = nullptr;
 };
 
 // Runs every row from its base slot (or zero) to its work slot. A row without tokens copies its state.

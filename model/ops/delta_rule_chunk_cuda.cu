@@ -28,6 +28,18 @@
 // a time, on its way into S^T K^T and S^T Q^T, which go side by side; and U^T P^T comes before U^T K, so that
 // the output is stored while S^T is updated.
 //
+// Split rows. One or few long rows leave multiprocessors idle. The plan may cut them into segments, whole
+// chunks but for the last, in two passes. A segment's effect on the state before it, S' = M S + D, is the
+// same recurrence without outputs: D from v and S = 0; M - I also from S = 0, with -k in the place of v.
+//   1. SegmentEffectsKernel: M - I and D of the segments between the first and the last; a block has two
+//      consumers of 64 columns of [M - I, D] each, and two producers that copy k and v and make T, of chunks
+//      in turn. Beside it, the kernel above takes the first segments, with outputs.
+//   2. JoinSegmentsKernel: the state after each, S' = S + (M - I) S + D, one after another, in float32 (the
+//      product on operands split in two bfloat16, three products). Where beta = 0, M - I is 0 and S stays as
+//      it was.
+//   3. The kernel above, over all other segments (and rows) side by side, from those states.
+// Between the passes two states [H, K, V] a segment are kept, in float32.
+//
 // T, on a warpgroup whose warp w has rows 16w to 16w+15 of A: each warp inverts its diagonal 16x16 block by
 // substitution in float32, a lane a column. Then warp j goes down block column j in registers,
 // T_ij = -T_ii (A_ij T_jj + ... + A_i,i-1 T_i-1,j), by mma on operands split in two bfloat16 (hi hi + hi lo +
@@ -48,12 +60,16 @@
 // cycles and its latencies. K = V = 256: each part makes T and P again, 64 64 (5 K + 3 64) = 6.0 M or 2944
 // cycles a chunk; 8 rows of 2048 tokens with 8 heads are 302 MB (70 us) and two parts a block (108 us).
 //
-// Measured (24 November 2026, one H200, CUDA graph of one call, us, bfloat16 out; 16 heads of 128 unless
-// said; delta_rule_cuda_bench; with float32 out the same in bfloat16's bytes took up to 16 us more):
+// A row of 8192 tokens and 16 heads in five segments of some 26 chunks: the first pass computes 0.6 of the
+// row's effects and 0.2 of the row, the last 0.8; 7 MB are kept between.
 //
-//   8 rows of 2048     122      32 rows of 512             138      1 row of 512      24
-//   1 row of 8192      263      64 rows of 64               83      1 row of 2048     69
-//   1 row of 32768    1020      32 ragged rows, 8913       105
+// Measured (24 and, split rows, 27 November 2026, one H200, CUDA graph of one call, us, bfloat16 out; 16
+// heads of 128 unless said; delta_rule_cuda_bench; with float32 out the same in bfloat16's bytes took up to
+// 16 us more; in brackets before rows were split):
+//
+//   8 rows of 2048     122             32 rows of 512             138      1 row of 512      24
+//   1 row of 8192      142  (262)      64 rows of 64               83      1 row of 2048     52 (69)
+//   1 row of 32768     498 (1020)      32 ragged rows, 8913       105
 //   8 rows of 4096, 32 heads of 64                         235
 //   8 rows of 2048, 8 heads of 256                         215
 //
@@ -65,7 +81,9 @@
 // Cutting T between both producers (A and the diagonal; the columns and P) took 141 us instead of 122, for
 // their 64 registers a thread do not hold it. One consumer: its own chain, some 2800 of 3600 cycles a chunk,
 // of which the tensor cores are busy 1150, and 1660 with T's and P's; only a split of the sequence would
-// help. K = 256: two stages, each of which lives through its copy, T and the consumer.
+// help, if few rows keep the device busy. Effects: T, 7400 cycles of each producer a chunk and so 3760 a
+// chunk, 1280 of which the consumers wait. One row of 8192: the first pass 62 us, the join 9, the last 70. K
+// = 256: two stages, each of which lives through its copy, T and the consumer; such rows are not split.
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
@@ -85,25 +103,37 @@ constexpr int kChunk = 64;            // C
 constexpr int kBlockBytes = 16 * 48;  // A 16x16 block of bfloat16, rows 48 bytes apart: no bank conflicts.
 constexpr int kOffDiagonal = 6;       // Blocks below the diagonal.
 
-// Shared memory of a block, in bytes from its start.
-template <int kKeys, int kConsumers>
+// Shared memory of a block, in bytes from its start. kWithOutputs: there are outputs, or else the effects of
+// segments.
+template <int kKeys, int kConsumers, bool kWithOutputs = true>
 struct Layout {
-  static constexpr int kMakers = 2;                       // Producers that make a chunk's T or P.
-  static constexpr int kTurns = kConsumers == 1 ? 2 : 1;  // Producers that make T, of chunks in turn.
-  static constexpr bool kWide = kKeys > 128;              // Memory and registers are short.
-  static constexpr int kStages = kWide ? 2 : 3;           // Of q, k, v.
+  static constexpr bool kOutputs = kWithOutputs;
+  static constexpr bool kSegments =
+      !kOutputs || (kConsumers == 1 && kKeys <= 128);  // Where rows may be split.
+  static constexpr int kMakers = kOutputs ? 2 : 1;     // Producers that make a chunk's T or P.
+  static constexpr int kTurns =
+      kConsumers == 1 || !kOutputs ? 2 : 1;                     // Producers that make T, of chunks in turn.
+  static constexpr bool kWide = kKeys > 128;                    // Memory and registers are short.
+  static constexpr int kStages = kWide ? 2 : kOutputs ? 3 : 4;  // Of q, k, v.
   // Of T (hi, lo) and P. A maker waits for its slot before T's last steps, which take longer than a
   // consumer's chunk: with two slots and one consumer those steps would be part of the chain. (Wide: there is
   // no room for a third.)
-  static constexpr int kSlots = kConsumers == 1 && !kWide ? 3 : 2;
+  static constexpr int kSlots = !kOutputs ? 4 : kConsumers == 1 && !kWide ? 3 : 2;
   static constexpr int kThreads = 512;
   // Of a thread, 512 in all four warpgroups.
-  static constexpr int kConsumerRegisters = kWide ? 240 : kConsumers == 1 ? 208 : 192;
-  static constexpr int kMakerRegisters = kWide ? 88 : kConsumers == 1 ? 112 : 64;  // Of T.
+  static constexpr int kConsumerRegisters = kWide ? 240 : kConsumers == 1 ? 208 : kOutputs ? 192 : 168;
+  static constexpr int kMakerRegisters = kWide || !kOutputs ? 88 : kConsumers == 1 ? 112 : 64;  // Of T.
   static constexpr int kCopierRegisters = kWide ? 88 : kConsumers == 1 ? 80 : 64;
+  static_assert(kConsumers * kConsumerRegisters + (kOutputs
+                                                       ? (3 - kConsumers) * kMakerRegisters + kCopierRegisters
+                                                       : 2 * kMakerRegisters) <=
+                512);
   static constexpr int kKeyTiles = kKeys / 64;
-  static constexpr int kStageBytes = (2 * kKeyTiles + kConsumers) * kTileBytes;  // q, k, v
-  static constexpr int kSlotBytes = 3 * kTileBytes;                              // T hi, T lo, P
+  static constexpr int kValueTiles = kOutputs ? kConsumers : kKeyTiles;
+  static constexpr int kKeysAt = kOutputs ? kKeyTiles * kTileBytes : 0;  // In a stage: q, k, v or k, v.
+  static constexpr int kValuesAt = kKeysAt + kKeyTiles * kTileBytes;
+  static constexpr int kStageBytes = kValuesAt + kValueTiles * kTileBytes;
+  static constexpr int kSlotBytes = (kOutputs ? 3 : 2) * kTileBytes;  // T hi, T lo, P
 
   static constexpr int kStage = 0;
   static constexpr int kSlot = kStage + kStages * kStageBytes;
@@ -113,8 +143,8 @@ struct Layout {
   // Of each warp, the diagonal block: first -A^T in float32, rows 20 floats apart, then T^T, hi and lo.
   static constexpr int kDiagonal = kBlocks + kOffDiagonal * 2 * kBlockBytes;
   static constexpr int kTurnBytes = (kOffDiagonal + 4) * 2 * kBlockBytes;
-  static constexpr int kBeta = kBlocks + kTurns * kTurnBytes;     // float[kStages][kChunk]
-  static constexpr int kBarriers = kBeta + kStages * kChunk * 4;  // uint64_t[2 * kStages + 2 * kSlots]
+  static constexpr int kBeta = kBlocks + kTurns * kTurnBytes;  // float[kStages][kChunk]
+  static constexpr int kBarriers = kBeta + kStages * kChunk * 4;     // uint64_t[2 * kStages + 2 * kSlots]
   static constexpr int kBytes = kBarriers + 8 * 2 * (kStages + kSlots);
   static_assert(kBytes <= 227 * 1024);
 
@@ -140,6 +170,9 @@ struct Ring {
 struct Problem {
   RaggedRows rows;
   DeltaRuleArgs args;
+  ChunkShares shares;   // Of rows.chunks, this launch's,
+  int parts;            // and what a head is cut into there.
+  bool awaits;          // The states that it reads are written by the kernel before it.
   CUtensorMap q, k, v;  // [columns / 64, tokens, 64], a box of them a copy.
 };
 
@@ -175,34 +208,65 @@ class Clocks {
 };
 
 // A block's share of the work, as planned.
+template <typename L>
 struct Walk {
   const Problem* problem;
   int next, end;  // Of the plan's pieces.
   // The piece in hand.
   int row, head, part, tokens;
   int64_t begin;  // Its first token.
+  int segment;    // Below 0: a whole row.
 
   __device__ explicit Walk(const Problem& of)
-      : problem(&of), next(of.rows.chunks.pieces[blockIdx.x]), end(of.rows.chunks.pieces[blockIdx.x + 1]) {}
+      : problem(&of),
+        next(of.rows.chunks.numbers[of.shares.at + blockIdx.x]),
+        end(of.rows.chunks.numbers[of.shares.at + blockIdx.x + 1]) {}
 
   __device__ bool Next() {
     if (next == end) return false;
     const ChunkPlan& plan = problem->rows.chunks;
-    const int piece = plan.pieces[plan.blocks + 1 + next++];
+    const int piece = plan.numbers[problem->shares.at + problem->shares.blocks + 1 + next++];
     const int heads = static_cast<int>(problem->args.heads);
-    part = piece % plan.parts;
-    head = piece / plan.parts % heads;
-    row = piece / plan.parts / heads;
-    begin = problem->rows.offsets[row];
-    tokens = problem->rows.offsets[row + 1] - static_cast<int>(begin);
+    part = piece % problem->parts;
+    head = piece / problem->parts % heads;
+    row = piece / problem->parts / heads;
+    segment = L::kSegments ? row - plan.rows : -1;
+    if (segment < 0) {
+      begin = problem->rows.offsets[row];
+      tokens = problem->rows.offsets[row + 1] - static_cast<int>(begin);
+    } else {
+      const ChunkSegment& of_row = Segment();
+      row = of_row.row;
+      begin = problem->rows.offsets[row] + of_row.begin;
+      tokens = of_row.tokens;
+    }
     return true;
+  }
+  __device__ const ChunkSegment& Segment() const {
+    const ChunkPlan& plan = problem->rows.chunks;
+    return reinterpret_cast<const ChunkSegment*>(plan.numbers + plan.segments_at)[segment];
+  }
+
+  // Where the row's state [H, K, V] is before the piece, null if it is zero, and where it goes, null if
+  // nobody wants it.
+  __device__ const float* From() const {
+    if (segment >= 0 && Segment().before >= 0) return State(Segment().before);
+    return problem->rows.fresh[row] ? nullptr : problem->args.state.at(problem->rows.base_slot[row]);
+  }
+  __device__ float* To() const {
+    if (segment < 0 || Segment().after < 0) return problem->args.state.at(problem->rows.work_slot[row]);
+    return Segment().transition < 0 ? State(Segment().after) : nullptr;
+  }
+  __device__ float* State(int state) const {
+    const DeltaRuleArgs& args = problem->args;
+    return args.segment_states + int64_t{state} * (args.heads * args.key_dim * args.value_dim);
   }
 };
 
 // Queues the copy of a chunk of kChunk tokens to a stage, on whose barrier `loaded` it counts its bytes. The
 // first lanes of three warps queue a part each, for a warp takes its time over one.
 template <typename L, int kKeys, int kConsumers>
-__device__ void CopyTiles(const Problem& problem, const Walk& walk, int chunk, uint32_t stage,
+__device__ void CopyTiles(const Problem& problem, const Walk<L>& walk, int chunk, uint32_t stage,
                           uint32_t loaded, int thread) {
   const int token = static_cast<int>(walk.begin) + chunk * kChunk;
   const int tile = walk.head * L::kKeyTiles;
@@ -210,17 +274,21 @@ __device__ void CopyTiles(const Problem& problem, const Walk& walk, int chunk, u
     BarrierExpect(loaded, tiles * kTileBytes);
     CopyBox(to, map, 0, token, first, loaded);
   };
-  if (thread == 0) queue(stage + L::kKeyTiles * kTileBytes, &problem.k, tile, L::kKeyTiles);
-  if (thread == 32) queue(stage, &problem.q, tile, L::kKeyTiles);
-  if (thread == 64) {
-    queue(stage + 2 * L::kKeyTiles * kTileBytes, &problem.v, tile + walk.part * kConsumers, kConsumers);
+  if (thread == 0) queue(stage + L::kKeysAt, &problem.k, tile, L::kKeyTiles);
+  if (L::kOutputs) {
+    if (thread == 32) queue(stage, &problem.q, tile, L::kKeyTiles);
+    if (thread == 64) {
+      queue(stage + L::kValuesAt, &problem.v, tile + walk.part * kConsumers, kConsumers);
+    }
+  } else if (thread == 64 && (walk.part + 1) * kConsumers > L::kKeyTiles) {
+    queue(stage + L::kValuesAt, &problem.v, tile, L::kValueTiles);
   }
 }
 
 // The same for a row's last tokens, fewer than kChunk: all 128 threads of a producer, `thread` this one's
 // number. What is beyond `left` tokens is zero, whatever memory holds there.
 template <typename L, int kKeys, int kConsumers>
-__device__ void CopyTokens(const DeltaRuleArgs& args, const Walk& walk, int chunk, uint32_t stage,
+__device__ void CopyTokens(const DeltaRuleArgs& args, const Walk<L>& walk, int chunk, uint32_t stage,
                            int thread) {
   const int left = walk.tokens - chunk * kChunk;
   const int64_t token = walk.begin + int64_t{chunk} * kChunk;
@@ -240,10 +308,9 @@ __device__ void CopyTokens(const DeltaRuleArgs& args, const Walk& walk, int chun
   };
   using KeyPieces = std::integral_constant<int, kKeys / 8>;
   using ValuePieces = std::integral_constant<int, 8 * kConsumers>;
-  copy(args.k, int64_t{walk.head} * kKeys, KeyPieces(), stage + L::kKeyTiles * kTileBytes);
+  copy(args.k, int64_t{walk.head} * kKeys, KeyPieces(), stage + L::kKeysAt);
   copy(args.q, int64_t{walk.head} * kKeys, KeyPieces(), stage);
-  copy(args.v, int64_t{walk.head} * kKeys + walk.part * 64 * kConsumers, ValuePieces(),
-       stage + 2 * L::kKeyTiles * kTileBytes);
+  copy(args.v, int64_t{walk.head} * kKeys + walk.part * 64 * kConsumers, ValuePieces(), stage + L::kValuesAt);
 }
 
 // Rows by keys: G = X K^T over the tiles at `x` and `k`, queued as one group. g: 64 x 64 over the warpgroup.
@@ -441,7 +508,7 @@ __device__ void StoreLowerTriangle(const uint32_t (&p)[16], uint32_t tile, int w
 // A producer that makes T (kT) of every kTurns-th chunk, from number `turn`, or copies chunks (kCopy) and
 // makes P (kP), or makes both.
 template <typename L, int kKeys, int kConsumers, bool kCopy, bool kT, bool kP>
-__device__ void Produce(const Problem& problem, Walk walk, unsigned char* memory, int turn, int thread) {
+__device__ void Produce(const Problem& problem, Walk<L> walk, unsigned char* memory, int turn, int thread) {
   const uint32_t base = SharedAddress(memory);
   const int warp = thread / 32;
   int lane = thread % 32;
@@ -516,7 +583,7 @@ __device__ void Produce(const Problem& problem, Walk walk, unsigned char* memory
     BarrierWait(base + L::Loaded(stage.at), stage.parity);
     clocks.Mark(3);
     const uint32_t q = base + L::kStage + stage.at * L::kStageBytes;
-    const uint32_t k = q + L::kKeyTiles * kTileBytes;
+    const uint32_t k = q + L::kKeysAt;
     const uint32_t to = base + L::kSlot + slot.at * L::kSlotBytes;
     const uint32_t blocks = base + L::kBlocks + turn * L::kTurnBytes;
     const uint32_t diagonals = base + L::kDiagonal + turn * L::kTurnBytes;
@@ -572,7 +639,7 @@ __device__ void Produce(const Problem& problem, Walk walk, unsigned char* memory
 
 // A consumer: 64 columns of S. `group` is its number.
 template <typename L, int kKeys, int kConsumers, bool kNarrow>
-__device__ void Consume(const Problem& problem, Walk walk, unsigned char* memory, int group, int thread) {
+__device__ void Consume(const Problem& problem, Walk<L> walk, unsigned char* memory, int group, int thread) {
   const uint32_t base = SharedAddress(memory);
   const int warp = thread / 32, lane = thread % 32;
   const int q = lane % 4, r = lane / 4;
@@ -585,14 +652,14 @@ __device__ void Consume(const Problem& problem, Walk walk, unsigned char* memory
   Clocks clocks;
   while (walk.Next()) {
     const int column = walk.head * V + (walk.part * kConsumers + group) * 64;  // In [H, V].
-    const int64_t in_slot =
-        int64_t{walk.head} * (kKeys * V) + (walk.part * kConsumers + group) * 64 + 16 * warp + r;
+    const int64_t in_state =
+        int64_t{walk.head} * (kKeys * V) + (walk.part * kConsumers + group) * 64 + 16 * warp + r + 2 * q * V;
     float s[kKeys / 2];  // S^T: of warp w the rows 16 w to 16 w + 15.
-    if (problem.rows.fresh[walk.row]) {
+    if (const float* from = walk.From(); from == nullptr) {
 #pragma unroll
       for (int i = 0; i < kKeys / 2; ++i) s[i] = 0.0f;
     } else {
-      const float* const from = args.state.at(problem.rows.base_slot[walk.row]) + in_slot + 2 * q * V;
+      from += in_state;
 #pragma unroll
       for (int i = 0; i < kKeys / 2; ++i) s[i] = from[(i / 4 * 8 + i % 2) * V + i / 2 % 2 * 8];
     }
@@ -656,8 +723,8 @@ __device__ void Consume(const Problem& problem, Walk walk, unsigned char* memory
       BarrierWait(base + L::Ready(slot.at), slot.parity);
       clocks.Mark(1);
       const uint32_t q_tiles = base + L::kStage + stage.at * L::kStageBytes;
-      const uint32_t k_tiles = q_tiles + L::kKeyTiles * kTileBytes;
-      v_tile = k_tiles + (L::kKeyTiles + group) * kTileBytes;
+      const uint32_t k_tiles = q_tiles + L::kKeysAt;
+      v_tile = q_tiles + L::kValuesAt + group * kTileBytes;
       const uint32_t q_rows = TileByRows(q_tiles), k_rows = TileByRows(k_tiles);
       const uint32_t k_columns = TileByColumns(k_tiles);
       const uint32_t t_rows = TileByRows(base + L::kSlot + slot.at * L::kSlotBytes);  // T hi, T lo, P
@@ -775,28 +842,197 @@ __device__ void Consume(const Problem& problem, Walk walk, unsigned char* memory
       slot.Next();
     }
 
-    float* const to = args.state.at(problem.rows.work_slot[walk.row]) + in_slot + 2 * q * V;
-    bool finite = true;
+    if (float* to = walk.To(); to != nullptr) {
+      to += in_state;
+      bool finite = true;
 #pragma unroll
-    for (int i = 0; i < kKeys / 2; ++i) {
-      to[(i / 4 * 8 + i % 2) * V + i / 2 % 2 * 8] = s[i];
-      finite &= isfinite(s[i]);
+      for (int i = 0; i < kKeys / 2; ++i) {
+        to[(i / 4 * 8 + i % 2) * V + i / 2 % 2 * 8] = s[i];
+        finite &= isfinite(s[i]);
+      }
+      if (!finite) args.nonfinite[walk.row] = 1;  // What is not finite stays so, to the row's end.
     }
-    if (!finite) args.nonfinite[walk.row] = 1;
     clocks.Mark(9);
   }
   // State in, ready, S K^T to S Q^T, wait, X, wait, U, wait, round S, state out.
   clocks.Keep();
 }
 
+// A producer of effects: copies every second chunk, from number `turn`, and makes T of those.
+template <typename L, int kKeys, int kConsumers>
+__device__ void ProduceEffect(const Problem& problem, Walk<L> walk, unsigned char* memory, int turn,
+                              int thread) {
+  const uint32_t base = SharedAddress(memory);
+  const int warp = thread / 32;
+  int lane = thread % 32;
+  const DeltaRuleArgs& args = problem.args;
+  walk.Next();  // A block has one piece.
+  const int chunks = walk.tokens / kChunk;
+
+  Ring<L::kStages> copied, stage;
+  Ring<L::kSlots> slot;
+  if (turn == 1) {
+    copied.Next();
+    stage.Next();
+    slot.Next();
+  }
+  __nv_bfloat16 next_beta = FromFloat<__nv_bfloat16>(0);  // As it came: nobody waits for it here.
+  Clocks clocks;
+  const auto copy = [&](int chunk) {
+    if (chunk >= chunks) return;
+    clocks.Mark(0);
+    BarrierWait(base + L::StageFree(copied.at), copied.parity ^ 1);
+    clocks.Mark(1);
+    CopyTiles<L, kKeys, kConsumers>(problem, walk, chunk, base + L::kStage + copied.at * L::kStageBytes,
+                                    base + L::Loaded(copied.at), thread);
+    if (thread < kChunk) {
+      const int64_t token = walk.begin + chunk * kChunk + thread;
+      next_beta = static_cast<const __nv_bfloat16*>(args.beta)[token * args.token_stride + walk.head];
+    }
+    copied.Next();
+    copied.Next();
+    clocks.Mark(2);
+  };
+  copy(turn);
+  for (int chunk = turn; chunk < chunks; chunk += 2) {
+    Opaque(&lane);  // Or all addresses of the loop would be made before it, and spilled.
+    float* const beta = reinterpret_cast<float*>(memory + L::kBeta) + stage.at * kChunk;
+    if (thread < kChunk) beta[thread] = ToFloat(next_beta);
+    BarrierArrive(base + L::Loaded(stage.at));
+    BarrierWait(base + L::Loaded(stage.at), stage.parity);
+    clocks.Mark(3);
+    const uint32_t k = base + L::kStage + stage.at * L::kStageBytes;
+    const uint32_t to = base + L::kSlot + slot.at * L::kSlotBytes;
+    const uint32_t blocks = base + L::kBlocks + turn * L::kTurnBytes;
+    const uint32_t diagonals = base + L::kDiagonal + turn * L::kTurnBytes;
+    unsigned char* const diagonal = memory + (diagonals - base) + warp * 2 * kBlockBytes;
+    float a[32];
+    QueueGram<L::kKeyTiles>(a, k, k);
+    AsyncProductsWait<0>();
+    Pin(a);
+    clocks.Mark(4);
+    StoreA(a, beta, blocks, reinterpret_cast<float*>(diagonal), warp, lane);
+    copy(chunk + 2);
+    InvertDiagonal(diagonal, lane);
+    clocks.Mark(6);
+    BarrierWait(base + L::SlotFree(slot.at), slot.parity ^ 1);
+    clocks.Mark(7);
+    NamedBarrier(1 + kConsumers + turn, 128);
+    clocks.Mark(8);
+    InvertColumn(beta, blocks, diagonals, to, warp, lane);
+    FenceAsyncProxy();
+    BarrierArrive(base + L::Ready(slot.at));
+    NamedBarrier(1 + kConsumers + turn, 128);  // All are done with what the next chunk's A replaces.
+    clocks.Mark(9);
+    for (int i = 0; i < 2; ++i) {
+      stage.Next();
+      slot.Next();
+    }
+  }
+  // Other, stage free, copy, loaded, K K^T, -, diagonal, slot free, barrier, T.
+  clocks.Keep();
+}
+
+// A consumer of effects: 64 columns of the transition less the identity, or of what a segment adds.
+template <typename L, int kKeys, int kConsumers>
+__device__ void ConsumeEffect(const Problem& problem, Walk<L> walk, unsigned char* memory, int group,
+                              int thread) {
+  const uint32_t base = SharedAddress(memory);
+  const int warp = thread / 32, lane = thread % 32;
+  const int q = lane % 4, r = lane / 4;
+  constexpr int V = kKeys;
+  walk.Next();  // A block has one piece.
+
+  Ring<L::kStages> stage;
+  Ring<L::kSlots> slot;
+  Clocks clocks;
+  const int strip = walk.part * kConsumers + group;  // Of the keys', then of the values' columns.
+  const bool transition = strip < L::kKeyTiles;
+  const uint32_t sign = transition ? 0x80008000u : 0;  // The values that make up the transition are -k.
+  float s[kKeys / 2] = {};                             // As in Consume, and what follows.
+  uint32_t s_operand[kKeys / 16][4] = {};
+
+  for (int chunk = 0; chunk < walk.tokens / kChunk; ++chunk) {
+    clocks.Mark(0);
+    BarrierWait(base + L::Ready(slot.at), slot.parity);
+    clocks.Mark(1);
+    const uint32_t k_tiles = base + L::kStage + stage.at * L::kStageBytes;
+    const uint32_t v_tile = k_tiles + strip * kTileBytes;  // The values are behind the keys.
+    const uint32_t k_rows = TileByRows(k_tiles), k_columns = TileByColumns(k_tiles);
+    const uint32_t t_rows = TileByRows(base + L::kSlot + slot.at * L::kSlotBytes);
+
+    float x[32];
+    AsyncProductsBegin();
+#pragma unroll
+    for (int i = 0; i < kKeys / 16; ++i) {  // S^T K^T
+      AsyncProduct<64, false>(x, s_operand[i], Further(k_rows, i / 4 * kTileBytes + i % 4 * 32), i > 0);
+    }
+    AsyncProductsEnd();
+    uint32_t operand[4][4];  // V^T, then X^T, then U^T.
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      LoadMatricesTransposed(operand[i],
+                             v_tile + InTile(16 * i + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2));
+    }
+    clocks.Mark(2);
+    AsyncProductsWait<0>();
+    Pin(x);
+    clocks.Mark(3);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      uint32_t& v = operand[i / 4][i % 4];
+      v ^= sign;
+      v = PackBfloat16(LowBfloat16(v) - x[2 * i], HighBfloat16(v) - x[2 * i + 1]);
+    }
+    AsyncProductsBegin();
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {  // X^T T^T, hi and lo
+      AsyncProduct<64, false>(x, operand[i % 4], Further(t_rows, i / 4 * kTileBytes + i % 4 * 32), i > 0);
+    }
+    AsyncProductsEnd();
+    clocks.Mark(4);
+    AsyncProductsWait<0>();
+    Pin(x);
+    clocks.Mark(5);
+    BarrierArrive(base + L::SlotFree(slot.at));
+#pragma unroll
+    for (int i = 0; i < 16; ++i) operand[i / 4][i % 4] = PackBfloat16(x[2 * i], x[2 * i + 1]);
+    AsyncProductsBegin();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {  // S^T += U^T K
+      AsyncProduct<kKeys, true>(s, operand[i], Further(k_columns, i * 16 * 128), true);
+    }
+    AsyncProductsEnd();
+    clocks.Mark(6);
+    AsyncProductsWait<0>();
+    Pin(s);
+    clocks.Mark(7);
+    BarrierArrive(base + L::StageFree(stage.at));
+#pragma unroll
+    for (int i = 0; i < kKeys / 4; ++i) s_operand[i / 4][i % 4] = PackBfloat16(s[2 * i], s[2 * i + 1]);
+    clocks.Mark(8);
+    stage.Next();
+    slot.Next();
+  }
+
+  const ChunkSegment& segment = walk.Segment();
+  const int column = (transition ? strip : strip - L::kKeyTiles) * 64;
+  float* const to = walk.State(transition ? segment.transition : segment.after) +
+                    int64_t{walk.head} * (kKeys * V) + column + 16 * warp + r + 2 * q * V;
+#pragma unroll
+  for (int i = 0; i < kKeys / 2; ++i) to[(i / 4 * 8 + i % 2) * V + i / 2 % 2 * 8] = s[i];
+  clocks.Mark(9);
+  // Other, ready, S K^T, wait, X, wait, U, wait, round S, effect out.
+  clocks.Keep();
+}
+
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
-template <int kKeys, int kConsumers, bool kNarrow>
-__global__ void __launch_bounds__(Layout<kKeys, kConsumers>::kThreads, 1)
-    DeltaRuleChunkKernel(const __grid_constant__ Problem problem) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using L = Layout<kKeys, kConsumers>;
-  unsigned char* const memory = DynamicSharedMemory();
+
+// What a block of both kernels begins with; returns its share.
+template <typename L, int kConsumers>
+__device__ Walk<L> Begin(const Problem& problem, unsigned char* memory) {
   const uint32_t base = SharedAddress(memory);
   const int thread = threadIdx.x;
   if (thread == 0) {
@@ -816,11 +1052,25 @@ __global__ void __launch_bounds__(Layout<kKeys, kConsumers>::kThreads, 1)
   }
   FenceAsyncProxy();
   __syncthreads();
-  const Walk walk(problem);
+  return Walk<L>(problem);
+}
 
+#endif  // __CUDA_ARCH_FEAT_SM90_ALL
+
+template <int kKeys, int kConsumers, bool kNarrow>
+__global__ void __launch_bounds__(Layout<kKeys, kConsumers>::kThreads, 1)
+    DeltaRuleChunkKernel(const __grid_constant__ Problem problem) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using L = Layout<kKeys, kConsumers>;
+  unsigned char* const memory = DynamicSharedMemory();
+  if (problem.rows.chunks.split_rows > 0 && !problem.awaits) LetNextBegin();
+  const Walk<L> walk = Begin<L, kConsumers>(problem, memory);
+
+  const int thread = threadIdx.x;
   const int group = __shfl_sync(0xffffffffu, thread / 128, 0);
   if (group < kConsumers) {
     MoreRegisters<L::kConsumerRegisters>();
+    if (problem.awaits) AwaitEarlier();
     Consume<L, kKeys, kConsumers, kNarrow>(problem, walk, memory, group, thread % 128);
   } else if (group < 3) {
     FewerRegisters<L::kMakerRegisters>();
@@ -834,6 +1084,109 @@ __global__ void __launch_bounds__(Layout<kKeys, kConsumers>::kThreads, 1)
 #endif
 }
 
+// The effects of the segments between a row's first and its last.
+template <int kKeys>
+__global__ void __launch_bounds__(512, 1) SegmentEffectsKernel(const __grid_constant__ Problem problem) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  constexpr int kConsumers = 2;
+  using L = Layout<kKeys, kConsumers, /*kWithOutputs=*/false>;
+  unsigned char* const memory = DynamicSharedMemory();
+  LetNextBegin();  // The first segments.
+  const Walk<L> walk = Begin<L, kConsumers>(problem, memory);
+
+  const int thread = threadIdx.x;
+  const int group = __shfl_sync(0xffffffffu, thread / 128, 0);
+  if (group < kConsumers) {
+    MoreRegisters<L::kConsumerRegisters>();
+    ConsumeEffect<L, kKeys, kConsumers>(problem, walk, memory, group, thread % 128);
+  } else {
+    FewerRegisters<L::kMakerRegisters>();
+    ProduceEffect<L, kKeys, kConsumers>(problem, walk, memory, group - kConsumers, thread % 128);
+  }
+  AwaitEarlier();
+#endif
+}
+
+constexpr int kJoinedColumns = 16;
+
+// From the state after each split row's first segment and the effects of the next ones, the states after
+// those: S' = S + (M - I) S + D, in place of D. Grid: columns / kJoinedColumns, heads, split rows; warp w has
+// the state's rows 16 w to 16 w + 15. Transposed, as above, and in nearly float32.
+template <int kKeys>
+__global__ void __launch_bounds__(2 * kKeys)
+    JoinSegmentsKernel(ChunkPlan plan, float* states, int64_t heads) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  constexpr int V = kKeys, kRow = kKeys + 8;  // Rows of shared memory without bank conflicts.
+  __shared__ __align__(16) __nv_bfloat16 shared[2][2][kJoinedColumns * kRow];  // S^T hi, lo; in turn.
+  LetNextBegin();
+  AwaitEarlier();
+  const SplitRow row = reinterpret_cast<const SplitRow*>(plan.numbers + plan.split_rows_at)[blockIdx.z];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int q = lane % 4, r = lane / 4;
+  const auto state = [&](int number) {
+    return states + (number * heads + blockIdx.y) * (kKeys * V) + blockIdx.x * kJoinedColumns +
+           (16 * warp + 2 * q) * V + r;
+  };
+  const auto at = [](int t, int i) { return (8 * t + i % 2) * V + i / 2 * 8; };
+  const int as_a = (lane / 8 % 2 * 8 + lane % 8) * kRow + lane / 16 * 8;
+  // A lane loads four neighbours of M at once. So of each 16 inner indices 4 q to 4 q + 3 stand where 2 q,
+  // 2 q + 1, 2 q + 8 and 2 q + 9 would, in both operands.
+  const int as_c = r * kRow + 16 * warp + q + q % 2 * 7;
+
+  float s[2][4], d[2][4], next_d[2][4];
+  float4 m[2][kKeys / 16], next_m[2][kKeys / 16];
+  const auto load = [&](int n) {  // The effect of the row's segment n, a step ahead.
+    const float* const from = states +
+                              ((row.first_transition + n - 1) * heads + blockIdx.y) * (kKeys * kKeys) +
+                              (16 * warp + r) * kKeys + 4 * q;
+#pragma unroll
+    for (int i = 0; i < kKeys / 8; ++i) {
+      next_m[i % 2][i / 2] = *reinterpret_cast<const float4*>(from + i % 2 * 8 * kKeys + i / 2 * 16);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) next_d[i / 4][i % 4] = state(row.first_state + n)[at(i / 4, i % 4)];
+  };
+#pragma unroll
+  for (int i = 0; i < 8; ++i) s[i / 4][i % 4] = state(row.first_state)[at(i / 4, i % 4)];
+  if (row.transitions > 0) load(1);
+  for (int n = 1; n <= row.transitions; ++n) {
+#pragma unroll
+    for (int i = 0; i < kKeys / 8; ++i) m[i % 2][i / 2] = next_m[i % 2][i / 2];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) d[i / 4][i % 4] = next_d[i / 4][i % 4];
+    if (n < row.transitions) load(n + 1);
+
+    __nv_bfloat16* const s_hi = shared[n % 2][0];
+    __nv_bfloat16* const s_lo = shared[n % 2][1];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int to = as_c + i % 2 * 8 * kRow + i / 2 * 4;
+      uint32_t hi, lo;
+      Split(s[i / 2][i % 2 * 2], s[i / 2][i % 2 * 2 + 1], &hi, &lo);
+      *reinterpret_cast<uint32_t*>(s_hi + to) = hi;
+      *reinterpret_cast<uint32_t*>(s_lo + to) = lo;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kKeys / 16; ++i) {
+      uint32_t hi[4], lo[4], m_hi[4], m_lo[4];
+      LoadMatrices(hi, SharedAddress(s_hi + as_a + 16 * i));
+      LoadMatrices(lo, SharedAddress(s_lo + as_a + 16 * i));
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        Split(m[j][i].x, m[j][i].y, &m_hi[2 * j], &m_lo[2 * j]);
+        Split(m[j][i].z, m[j][i].w, &m_hi[2 * j + 1], &m_lo[2 * j + 1]);
+      }
+      SplitProduct(d, hi, lo, m_hi, m_lo);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      state(row.first_state + n)[at(i / 4, i % 4)] = s[i / 4][i % 4] += d[i / 4][i % 4];
+    }
+  }
+#endif
+}
+
 // The map of a [tokens, columns] matrix, rows args.token_stride apart, as [columns / 64, tokens, 64], of
 // which a copy takes a chunk of `tiles`.
 absl::Status MapTiles(const RaggedRows& rows, const DeltaRuleArgs& args, const void* from, int tiles,
@@ -844,35 +1197,80 @@ absl::Status MapTiles(const RaggedRows& rows, const DeltaRuleArgs& args, const v
                      {bytes, kTileBytes / kChunk}, {64, kChunk, static_cast<uint32_t>(tiles)}, map);
 }
 
-template <int kKeys, int kConsumers, bool kNarrow>
-absl::Status Launch(const RaggedRows& rows, const DeltaRuleArgs& args, bool with_short_rows,
-                    cudaStream_t stream) {
-  using L = Layout<kKeys, kConsumers>;
-  const auto kernel = DeltaRuleChunkKernel<kKeys, kConsumers, kNarrow>;
+// Launches a kernel of one block a multiprocessor, of a layout, over its shares of the plan; `overlapping`
+// the kernel before it.
+template <typename L>
+absl::Status LaunchShares(const char* name, void (*kernel)(Problem), const Problem& problem, bool overlapping,
+                          cudaStream_t stream) {
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kBytes);
   if (error != cudaSuccess) {
-    return absl::InternalError(absl::StrCat("DeltaRuleChunkKernel needs ", L::kBytes,
-                                            " bytes of shared memory: ", cudaGetErrorString(error)));
+    return absl::InternalError(
+        absl::StrCat(name, " needs ", L::kBytes, " bytes of shared memory: ", cudaGetErrorString(error)));
   }
-  Problem problem{.rows = rows, .args = args};
-  RETURN_IF_ERROR(MapTiles(rows, args, args.q, L::kKeyTiles, &problem.q));
-  RETURN_IF_ERROR(MapTiles(rows, args, args.k, L::kKeyTiles, &problem.k));
-  RETURN_IF_ERROR(MapTiles(rows, args, args.v, kConsumers, &problem.v));
-  const dim3 grid(static_cast<unsigned>(rows.chunks.blocks));
-  if (with_short_rows) {
-    return LaunchOverlapping("DeltaRuleChunkKernel", kernel,
-                             {.grid = grid, .threads = L::kThreads, .shared_bytes = L::kBytes}, stream, problem);
-  }
-  kernel<<<grid, L::kThreads, L::kBytes, stream>>>(problem);
-  return LaunchStatus("DeltaRuleChunkKernel");
+  return Launch(name, kernel,
+                {.grid = dim3(static_cast<unsigned>(problem.shares.blocks)),
+                 .threads = L::kThreads,
+                 .shared_bytes = L::kBytes},
+                overlapping, stream, problem);
 }
 
+// What the plan has for this launch.
 template <int kKeys, int kConsumers>
+absl::Status LaunchChunks(Problem problem, ChunkShares shares, bool awaits, bool overlapping,
+                          cudaStream_t stream) {
+  problem.shares = shares;
+  problem.parts = kKeys / (64 * kConsumers);
+  problem.awaits = awaits;
+  RETURN_IF_ERROR(MapTiles(problem.rows, problem.args, problem.args.v, kConsumers, &problem.v));
+  constexpr char kName[] = "DeltaRuleChunkKernel";
+  using L = Layout<kKeys, kConsumers>;
+  return problem.args.out_bfloat16 != nullptr
+             ? LaunchShares<L>(kName, DeltaRuleChunkKernel<kKeys, kConsumers, true>, problem, overlapping,
+                               stream)
+             : LaunchShares<L>(kName, DeltaRuleChunkKernel<kKeys, kConsumers, false>, problem, overlapping,
+                               stream);
+}
+
+// The effects of the segments between, beside them the first segments, from which follow the states that the
+// last launch begins its segments with.
+template <int kKeys>
+absl::Status LaunchFirstPass(Problem problem, bool overlapping, cudaStream_t stream) {
+  const ChunkPlan& plan = problem.rows.chunks;
+  if (plan.effects.blocks > 0) {
+    using L = Layout<kKeys, 2, /*kWithOutputs=*/false>;
+    problem.shares = plan.effects;
+    problem.parts = L::kKeyTiles;
+    RETURN_IF_ERROR(MapTiles(problem.rows, problem.args, problem.args.v, L::kValueTiles, &problem.v));
+    RETURN_IF_ERROR(
+        LaunchShares<L>("SegmentEffectsKernel", SegmentEffectsKernel<kKeys>, problem, overlapping, stream));
+    overlapping = true;
+  }
+  RETURN_IF_ERROR((LaunchChunks<kKeys, 1>(problem, plan.first, /*awaits=*/false, overlapping, stream)));
+  if (plan.effects.blocks == 0) return absl::OkStatus();
+  const dim3 grid(kKeys / kJoinedColumns, static_cast<unsigned>(problem.args.heads),
+                  static_cast<unsigned>(plan.split_rows));
+  return LaunchOverlapping("JoinSegmentsKernel", JoinSegmentsKernel<kKeys>,
+                           {.grid = grid, .threads = 2 * kKeys}, stream, plan, problem.args.segment_states,
+                           problem.args.heads);
+}
+
+template <int kKeys>
 absl::Status Launch(const RaggedRows& rows, const DeltaRuleArgs& args, bool with_short_rows,
                     cudaStream_t stream) {
-  return args.out_bfloat16 != nullptr ? Launch<kKeys, kConsumers, true>(rows, args, with_short_rows, stream)
-                                      : Launch<kKeys, kConsumers, false>(rows, args, with_short_rows, stream);
+  const ChunkPlan& plan = rows.chunks;
+  Problem problem{.rows = rows, .args = args};
+  RETURN_IF_ERROR(MapTiles(rows, args, args.q, kKeys / 64, &problem.q));
+  RETURN_IF_ERROR(MapTiles(rows, args, args.k, kKeys / 64, &problem.k));
+  const bool split = plan.split_rows > 0;
+  if constexpr (kKeys <= 128) {
+    if (split) RETURN_IF_ERROR(LaunchFirstPass<kKeys>(problem, with_short_rows, stream));
+  }
+  const ChunkShares all{.at = 0, .blocks = plan.blocks};
+  if constexpr (kKeys == 128) {
+    if (plan.parts == 1) return LaunchChunks<kKeys, 2>(problem, all, split, with_short_rows || split, stream);
+  }
+  return LaunchChunks<kKeys, 1>(problem, all, split, with_short_rows || split, stream);
 }
 
 }  // namespace
@@ -902,10 +1300,9 @@ bool DeltaRuleChunkCudaTakes(const DeltaRuleArgs& args) {
 absl::Status DeltaRuleChunkCuda(const RaggedRows& rows, const DeltaRuleArgs& args, bool with_short_rows,
                                 void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  if (args.key_dim == 64) return Launch<64, 1>(rows, args, with_short_rows, cuda_stream);
-  if (args.key_dim == 256) return Launch<256, 1>(rows, args, with_short_rows, cuda_stream);
-  return rows.chunks.parts == 2 ? Launch<128, 1>(rows, args, with_short_rows, cuda_stream)
-                                : Launch<128, 2>(rows, args, with_short_rows, cuda_stream);
+  if (args.key_dim == 64) return Launch<64>(rows, args, with_short_rows, cuda_stream);
+  if (args.key_dim == 128) return Launch<128>(rows, args, with_short_rows, cuda_stream);
+  return Launch<256>(rows, args, with_short_rows, cuda_stream);
 }
 
 #ifdef DELTANET_DELTA_RULE_CLOCKS

@@ -184,6 +184,9 @@ absl::Status DeltaRuleCuda(const RaggedRows& rows, const DeltaRuleArgs& args, vo
   if (rows.rows == 0) return absl::OkStatus();
   const bool chunks =
       path != DeltaRuleCudaPath::kTokens && rows.chunks.blocks > 0 && DeltaRuleChunkCudaTakes(args);
+  if (chunks && rows.chunks.split_rows > 0 && args.segment_states == nullptr) {
+    return absl::InvalidArgumentError("delta rule's plan splits rows and there is no segment_states");
+  }
   const bool short_rows = !chunks || std::max(rows.shortest - 1, args.longer_than) < kDeltaRuleFewTokens;
   if (short_rows) {
     const int64_t most = chunks ? kDeltaRuleFewTokens : INT64_MAX;

@@ -21,15 +21,40 @@
 
 namespace deltanet {
 
+// A part of a long row, as the delta rule on a GPU may cut it.
+struct ChunkSegment {
+  int32_t row = 0;
+  int32_t begin = 0, tokens = 0;  // In the row.
+  // Numbers of states in DeltaRuleArgs::segment_states: where the row's state is before the segment and after
+  // it, -1: in its slot; and, of a segment between the first and the last, its transition, else -1.
+  int32_t before = -1, after = -1, transition = -1;
+};
+struct SplitRow {
+  int32_t transitions = 0;
+  int32_t first_state = 0, first_transition = 0;  // After the first segment; of the second. The others follow.
+};
+
+// One launch's part of a ChunkPlan: at numbers + at, for each block and behind the last, where its share of the
+// pieces begins; then the pieces: row * heads * parts + head * parts + part, the segments being numbered behind
+// the rows.
+struct ChunkShares {
+  int32_t at = 0;
+  int32_t blocks = 0;
+};
+
 // Who does which of a step's long rows in the delta rule on a GPU (delta_rule_plan.h).
 struct ChunkPlan {
-  int64_t size() const { return blocks > 0 ? blocks + 1 + pieces[blocks] : 0; }  // Numbers; on the host only.
+  const int32_t* numbers = nullptr;  // `size` of them: all that follows is in there.
+  int32_t size = 0;
+  int32_t blocks = 0;  // Of the shares at 0: the long rows, or what is left of them by those below.
+  int32_t parts = 1;   // Of a head's columns, each a piece of its own.
 
-  // First, for each block and behind the last, where its share of the pieces begins; then the pieces: row *
-  // heads * parts + head * parts + part.
-  const int32_t* pieces = nullptr;
-  int32_t blocks = 0;
-  int32_t parts = 1;  // Of a head's columns, each a piece of its own.
+  // Where rows are split into segments: the first segments; the effects (see delta_rule_chunk_cuda.cu) of those
+  // between the first and the last; SplitRow[split_rows] and ChunkSegment[].
+  ChunkShares first, effects;
+  int32_t rows = 0;
+  int32_t split_rows = 0;
+  int32_t split_rows_at = 0, segments_at = 0;
 };
 
 // Arrays live on the step's device and outlive the operator's work. R rows, N tokens.

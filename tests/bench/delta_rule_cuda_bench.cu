@@ -128,9 +128,10 @@ void Run(const std::string& name, const std::vector<int32_t>& lengths, int heads
                   .fresh = fresh.data()};
   const int64_t blocks = DeltaRuleChunkBlocks(context.device, DType::kBFloat16, size, size);
   std::vector<int32_t> plan(MaxChunkPlanSize(R, heads, size, blocks));
-  if (blocks > 0) rows.chunks = PlanChunks(offsets, heads, size, blocks, plan.data());
+  if (blocks > 0) rows.chunks = PlanChunks(offsets, heads, size, blocks, /*splits=*/true, plan.data());
   const Array<int32_t> plan_there(plan);
-  rows.chunks.pieces = plan_there.data();
+  rows.chunks.numbers = plan_there.data();
+  const Array<float> segment_states(std::max<int64_t>(1, MaxSegmentStates(N, heads, size, blocks) * slot));
   std::vector<float> first;
   for (const auto& [path, path_name] :
        {std::pair(DeltaRuleCudaPath::kTokens, "tokens"), std::pair(DeltaRuleCudaPath::kChunks, "chunks")}) {
@@ -147,7 +148,8 @@ void Run(const std::string& name, const std::vector<int32_t>& lengths, int heads
                          .scale = 1.0f / std::sqrt(static_cast<float>(size)),
                          .state = {.pool = states.data(), .slot_stride = slot, .offset = 0},
                          .out = out.data(),
-                         .nonfinite = nonfinite.data()};
+                         .nonfinite = nonfinite.data(),
+                         .segment_states = segment_states.data()};
       if (is_narrow) args.out_bfloat16 = narrow.data();
       const bool chunks = path == DeltaRuleCudaPath::kChunks;
       if (chunks && !DeltaRuleChunkCudaTakes(args)) continue;
@@ -298,6 +300,7 @@ int main(int argc, char** argv) {
   Run("8 x 2048, 8 heads of 256", std::vector<int32_t>(8, 2048), 8, 256, replays);
   Run("1 x 512, 16 heads of 128", {512}, 16, 128, replays);
   Run("1 x 2048, 16 heads of 128", {2048}, 16, 128, replays);
+  Run("2 x 8192, 16 heads of 128", {8192, 8192}, 16, 128, replays);
   for (const int sessions : {1, 16, 64, 256, 1024}) RunMixer(sessions, 1, replays);
   RunMixer(64, 8, replays);
   RunMixer(64, 16, replays);

@@ -12,6 +12,7 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/functional/function_ref.h"
@@ -163,14 +164,14 @@ TEST_P(CudaDeltaRuleChunksTest, OneRow) {
   }
 }
 
-// (B, T, H, D) that flash-linear-attention tests.
+// (B, T, H, D) that flash-linear-attention tests, and one of few heads that is split.
 TEST_P(CudaDeltaRuleChunksTest, ShapesOfFlashLinearAttention) {
   struct Shape {
     int64_t B, T, H, D;
   };
   for (const Shape& shape :
        {Shape{1, 63, 1, 64}, Shape{2, 100, 4, 60}, Shape{2, 1000, 3, 128}, Shape{2, 1024, 4, 128},
-        Shape{3, 2000, 4, 128}, Shape{4, 2048, 8, 64}, Shape{2, 500, 4, 256}}) {
+        Shape{3, 2000, 4, 128}, Shape{4, 2048, 8, 64}, Shape{2, 500, 4, 256}, Shape{1, 4096, 16, 128}}) {
     const DeltaRuleSizes sizes{shape.H, shape.D, shape.D};
     SCOPED_TRACE(SizesName(sizes) + " tokens " + std::to_string(shape.T));
     Ragged ragged;
@@ -245,7 +246,7 @@ TEST_P(CudaDeltaRuleChunksTest, AnySplitGivesTheSameState) {
 TEST_P(CudaDeltaRuleChunksTest, ZeroBetaLeavesTheStateAsItWas) {
   for (const DeltaRuleSizes& sizes : kHeadSizes) {
     for (const int32_t work : {0, 1}) {
-      for (const int64_t tokens : {17, 64, 200}) {
+      for (const int64_t tokens : {17, 64, 200, 2000}) {
         SCOPED_TRACE(SizesName(sizes) + " tokens " + std::to_string(tokens));
         Ragged ragged;
         ragged.Add(tokens, 0, work);
@@ -301,17 +302,19 @@ TEST_P(CudaDeltaRuleChunksTest, AWrittenValueReadsBack) {
 
 // Corrections that overshoot as far as they may, of keys that say nearly the same.
 TEST_P(CudaDeltaRuleChunksTest, CorrelatedKeysAndBetaNearTwo) {
-  constexpr int64_t kRows = 6, kTokens = 300;
-  Ragged ragged;
-  for (int32_t r = 0; r < kRows; ++r) ragged.Add(kTokens, r, r, r % 2 == 1);
-  for (const DeltaRuleSizes& sizes : kHeadSizes) {
-    for (const bool below : {false, true}) {
-      SCOPED_TRACE(SizesName(sizes));
-      DeltaRuleProblem problem = Problem(sizes, ragged, kRows, 50);
-      problem.CorrelateKeys();
-      for (int64_t n = 0; n < kRows * kTokens; ++n)
-        problem.SetBeta(n, below ? 2 * *problem.beta(n, 0) : 1.99f);
-      RunAndCompare(Plain::kAllBfloat16, &problem);
+  for (const auto& [rows, tokens] :
+       {std::pair<int32_t, int64_t>(6, 300), std::pair<int32_t, int64_t>(2, 2500)}) {
+    Ragged ragged;
+    for (int32_t r = 0; r < rows; ++r) ragged.Add(tokens, r, r, r % 2 == 1);
+    for (const DeltaRuleSizes& sizes : kHeadSizes) {
+      for (const bool below : {false, true}) {
+        SCOPED_TRACE(SizesName(sizes) + " tokens " + std::to_string(tokens));
+        DeltaRuleProblem problem = Problem(sizes, ragged, rows, 50);
+        problem.CorrelateKeys();
+        for (int64_t n = 0; n < rows * tokens; ++n)
+          problem.SetBeta(n, below ? 2 * *problem.beta(n, 0) : 1.99f);
+        RunAndCompare(Plain::kAllBfloat16, &problem);
+      }
     }
   }
 }
@@ -350,16 +353,18 @@ TEST_P(CudaDeltaRuleChunksTest, LongRowKeepsItsAccuracy) {
 
 TEST_P(CudaDeltaRuleChunksTest, OnlySlotsOfTheRowsAreWritten) {
   for (const DeltaRuleSizes& sizes : kHeadSizes) {
-    SCOPED_TRACE(SizesName(sizes));
-    Ragged ragged;
-    ragged.Add(70, 0, 2);
-    ragged.Add(0, 4, 5);
-    DeltaRuleProblem problem = Problem(sizes, ragged, 7, 53), before = Problem(sizes, ragged, 7, 53);
-    Run(&problem);
-    for (const int64_t slot : {0, 1, 3, 4, 6}) {
-      EXPECT_TRUE(SameBits(problem.slot(slot), before.slot(slot), before.slot_stride())) << "slot " << slot;
+    for (const int64_t tokens : {70, 2000}) {
+      SCOPED_TRACE(SizesName(sizes) + " tokens " + std::to_string(tokens));
+      Ragged ragged;
+      ragged.Add(tokens, 0, 2);
+      ragged.Add(0, 4, 5);
+      DeltaRuleProblem problem = Problem(sizes, ragged, 7, 53), before = Problem(sizes, ragged, 7, 53);
+      Run(&problem);
+      for (const int64_t slot : {0, 1, 3, 4, 6}) {
+        EXPECT_TRUE(SameBits(problem.slot(slot), before.slot(slot), before.slot_stride())) << "slot " << slot;
+      }
+      EXPECT_TRUE(SameBits(problem.slot(5), before.slot(4), before.StateSize()));
     }
-    EXPECT_TRUE(SameBits(problem.slot(5), before.slot(4), before.StateSize()));
   }
 }
 
@@ -410,6 +415,47 @@ TEST_P(CudaDeltaRuleChunksTest, NonFiniteStateIsToldOfItsOwnRowOnly) {
       EXPECT_TRUE(SameBits(problem.out(ragged.offsets[r]), healthy.out(ragged.offsets[r]),
                            (ragged.offsets[r + 1] - ragged.offsets[r]) * healthy.OutWidth()))
           << "row " << r;
+    }
+  }
+}
+
+const DeltaRuleSizes kSplitSizes[] = {{2, 64, 64}, {2, 128, 128}};
+
+// Long rows, whose ends are within chunks, beside short ones.
+TEST_P(CudaDeltaRuleChunksTest, SplitRowsBesideOthers) {
+  std::mt19937 generator(8);
+  Ragged ragged;
+  constexpr int32_t kRows = 20;
+  for (int32_t r = 0; r < kRows; ++r) {
+    const int64_t tokens = r == 3 ? 3001 : r == 12 ? 2500 : r == 13 ? 900 : generator() % 200;
+    ragged.Add(tokens, 2 * r, 2 * r + r % 2, r % 4 == 0);
+  }
+  for (const DeltaRuleSizes& sizes : kSplitSizes) {
+    SCOPED_TRACE(SizesName(sizes));
+    std::vector<int32_t> plan(MaxChunkPlanSize(kRows, sizes.heads, sizes.value_dim, 132));
+    EXPECT_GE(PlanChunks(ragged.offsets, sizes.heads, sizes.value_dim, 132, /*splits=*/true, plan.data())
+                  .split_rows,
+              2);
+    DeltaRuleProblem problem = Problem(sizes, ragged, 2 * kRows, 56);
+    RunAndCompare(Plain::kBfloat16Operands, &problem);
+  }
+}
+
+// Row 1's state is not finite from the start, row 2's from a token between its ends on.
+TEST_P(CudaDeltaRuleChunksTest, SplitRowsTellOfANonFiniteState) {
+  for (const DeltaRuleSizes& sizes : kSplitSizes) {
+    SCOPED_TRACE(SizesName(sizes));
+    Ragged ragged;
+    for (int32_t r = 0; r < 4; ++r) ragged.Add(1700, r, r + 4);
+    DeltaRuleProblem healthy = Problem(sizes, ragged, 8, 57), problem = Problem(sizes, ragged, 8, 57);
+    Run(&healthy);
+    EXPECT_EQ(healthy.nonfinite(), (std::vector<int32_t>{0, 0, 0, 0}));
+    problem.slot(1)[problem.StateSize() - 1] = kNaN;
+    problem.v(ragged.offsets[2] + 800, 0)[0] = std::numeric_limits<float>::infinity();
+    Run(&problem);
+    EXPECT_EQ(problem.nonfinite(), (std::vector<int32_t>{0, 1, 1, 0}));
+    for (const int64_t r : {0, 3}) {
+      EXPECT_TRUE(SameBits(problem.slot(r + 4), healthy.slot(r + 4), healthy.StateSize())) << "row " << r;
     }
   }
 }

@@ -72,8 +72,8 @@ class Mirror {
     const int64_t blocks = DeltaRuleChunkBlocks(kDevice, dtype, key_dim, value_dim);
     if (blocks == 0) return rows;
     std::vector<int32_t> plan(MaxChunkPlanSize(rows.rows, heads, value_dim, blocks));
-    rows.chunks = PlanChunks(ragged.offsets, heads, value_dim, blocks, plan.data());
-    rows.chunks.pieces = Copy(plan);
+    rows.chunks = PlanChunks(ragged.offsets, heads, value_dim, blocks, /*splits=*/true, plan.data());
+    rows.chunks.numbers = Copy(plan);
     return rows;
   }
 

@@ -3,6 +3,8 @@
 #define DELTANET_TESTS_MODEL_OPS_DELTA_RULE_ON_DEVICE_H_
 
 #include <cstdint>
+#include <memory>
+#include <vector>
 
 #include "gtest/gtest.h"
 #include "model/ops/delta_rule.h"
@@ -41,14 +43,21 @@ class DeltaRuleOnDevice {
     args.out = reinterpret_cast<float*>(out);
     if (out_dtype_ == DType::kBFloat16) args.out_bfloat16 = out;
     args.nonfinite = nonfinite_;
-    const absl::Status status = DeltaRule(
-        mirror_.Rows(ragged, dtype_, args.heads, args.key_dim, args.value_dim), args, mirror_.context());
+    const RaggedRows rows = mirror_.Rows(ragged, dtype_, args.heads, args.key_dim, args.value_dim);
+    if (rows.chunks.split_rows > 0) {
+      const int64_t blocks = DeltaRuleChunkBlocks(kDevice, dtype_, args.key_dim, args.value_dim);
+      const int64_t states = MaxSegmentStates(rows.tokens, args.heads, args.value_dim, blocks);
+      segment_states_.push_back(std::make_unique<Guarded>(states * problem_->StateSize()));
+      args.segment_states = mirror_.Map(segment_states_.back().get());
+    }
+    const absl::Status status = DeltaRule(rows, args, mirror_.context());
     ASSERT_TRUE(status.ok()) << status;
   }
   void Finish() {
     mirror_.Finish();
     EXPECT_TRUE(problem_->out().GuardsIntact());
     EXPECT_TRUE(problem_->pool().GuardsIntact());
+    for (const auto& states : segment_states_) EXPECT_TRUE(states->GuardsIntact());
   }
 
  private:
@@ -59,6 +68,7 @@ class DeltaRuleOnDevice {
   float* const pool_;
   char* const out_;
   int32_t* const nonfinite_;
+  std::vector<std::unique_ptr<Guarded>> segment_states_;  // Of each step that splits rows.
 };
 
 }  // namespace deltanet
