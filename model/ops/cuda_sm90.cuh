@@ -150,10 +150,19 @@ __device__ inline int ClusterRank() {
   asm("mov.u32 %0, %%cluster_ctaid.x;" : "=r"(rank));
   return static_cast<int>(rank);
 }
-// A barrier among all threads of the cluster; what they wrote before it is visible to all.
+// A barrier among all threads of the cluster; what they wrote before it is visible to all, and what they asked for
+// has come.
 __device__ inline void ClusterBarrier() {
   asm volatile(
       "barrier.cluster.arrive.release;\n"
+      "barrier.cluster.wait.acquire;" ::
+          : "memory");
+}
+// The same for what they wrote into their own blocks' shared memory alone: it does not wait for the device's.
+__device__ inline void ClusterBarrierOfShared() {
+  asm volatile(
+      "fence.release.sync_restrict::shared::cta.cluster;\n"
+      "barrier.cluster.arrive.relaxed;\n"
       "barrier.cluster.wait.acquire;" ::
           : "memory");
 }

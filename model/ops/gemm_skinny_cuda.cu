@@ -217,7 +217,7 @@ __device__ inline void Finish(const Problem& problem, uint32_t base, const float
     AwaitEarlier();
     fetch();
   }
-  ClusterBarrier();
+  ClusterBarrierOfShared();
   for (; token < end; token += kAtOnce * kWarps) {
     if (kThen == Then::kAdd && token >= rank * kShare + kAtOnce * kWarps) fetch();
     float4 parts[kAtOnce][kBlocks];
