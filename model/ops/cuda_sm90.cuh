@@ -166,6 +166,24 @@ __device__ inline void ClusterBarrierOfShared() {
       "barrier.cluster.wait.acquire;" ::
           : "memory");
 }
+// Where the cluster's block `rank` has what this block has at `address`.
+__device__ inline uint32_t InBlock(uint32_t address, int rank) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+// `count` arrivals at a barrier, given as InBlock gives it.
+__device__ inline void BarrierArriveThere(uint32_t barrier, int count) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+// Queues a copy of this block's memory to another block's, on whose barrier it counts its bytes; `to` and
+// `barrier` as InBlock gives them.
+__device__ inline void CopyToBlock(uint32_t to, uint32_t from, int bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+      "r"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
 // Four floats that the cluster's block `rank` has where this block has `address`.
 __device__ inline float4 LoadFromBlock(uint32_t address, int rank) {
   float4 x;
@@ -233,9 +251,10 @@ __device__ inline void Pin(float (&x)[N]) {
 // its elements are the product's inner index, of which 16 are taken from `address` on. By columns: the tile's
 // rows are the inner index, its elements the operand's columns, the next 64 of them a tile further on.
 constexpr uint32_t kTileHigh = 1u << 30 | 1024 >> 4;  // 128-byte swizzle, 8 rows are 1024 bytes.
-__device__ inline uint32_t TileByRows(uint32_t address) { return 1u << 16 | address >> 4; }
+// In a cluster an address has the block's rank in its high bits, which are not for a descriptor.
+__device__ inline uint32_t TileByRows(uint32_t address) { return 1u << 16 | (address & 0x3ffff) >> 4; }
 __device__ inline uint32_t TileByColumns(uint32_t address) {
-  return uint32_t{kTileBytes >> 4} << 16 | address >> 4;
+  return uint32_t{kTileBytes >> 4} << 16 | (address & 0x3ffff) >> 4;
 }
 constexpr uint32_t Further(uint32_t tile, uint32_t bytes) { return tile + (bytes >> 4); }
 

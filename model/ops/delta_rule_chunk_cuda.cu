@@ -129,6 +129,9 @@ struct Layout {
                                                        : 2 * kMakerRegisters) <=
                 512);
   static constexpr int kKeyTiles = kKeys / 64;
+  // Blocks of a cluster, each with a part of the effect of one segment and head: all need T, each makes its
+  // share.
+  static constexpr int kCluster = kOutputs ? 1 : kKeyTiles;
   static constexpr int kValueTiles = kOutputs ? kConsumers : kKeyTiles;
   static constexpr int kKeysAt = kOutputs ? kKeyTiles * kTileBytes : 0;  // In a stage: q, k, v or k, v.
   static constexpr int kValuesAt = kKeysAt + kKeyTiles * kTileBytes;
@@ -143,8 +146,8 @@ struct Layout {
   // Of each warp, the diagonal block: first -A^T in float32, rows 20 floats apart, then T^T, hi and lo.
   static constexpr int kDiagonal = kBlocks + kOffDiagonal * 2 * kBlockBytes;
   static constexpr int kTurnBytes = (kOffDiagonal + 4) * 2 * kBlockBytes;
-  static constexpr int kBeta = kBlocks + kTurns * kTurnBytes;  // float[kStages][kChunk]
-  static constexpr int kBarriers = kBeta + kStages * kChunk * 4;     // uint64_t[2 * kStages + 2 * kSlots]
+  static constexpr int kBeta = kBlocks + kTurns * kTurnBytes;     // float[kStages][kChunk]
+  static constexpr int kBarriers = kBeta + kStages * kChunk * 4;  // uint64_t[2 * kStages + 2 * kSlots]
   static constexpr int kBytes = kBarriers + 8 * 2 * (kStages + kSlots);
   static_assert(kBytes <= 227 * 1024);
 
@@ -858,7 +861,15 @@ __device__ void Consume(const Problem& problem, Walk<L> walk, unsigned char* mem
   clocks.Keep();
 }
 
-// A producer of effects: copies every second chunk, from number `turn`, and makes T of those.
+// Which of a cluster's blocks makes T of a chunk of effects: in one slot, always the same.
+template <typename L>
+__device__ int MakerOfT(int chunk) {
+  static_assert(L::kTurns == 2 && L::kSlots % (2 * L::kCluster) == 0);
+  return chunk / 2 % L::kCluster;
+}
+
+// A producer of effects: copies every second chunk, from number `turn`, and makes T of those, or of every
+// second of them where the cluster's other block makes the rest; T is sent to that one.
 template <typename L, int kKeys, int kConsumers>
 __device__ void ProduceEffect(const Problem& problem, Walk<L> walk, unsigned char* memory, int turn,
                               int thread) {
@@ -866,6 +877,7 @@ __device__ void ProduceEffect(const Problem& problem, Walk<L> walk, unsigned cha
   const int warp = thread / 32;
   int lane = thread % 32;
   const DeltaRuleArgs& args = problem.args;
+  const int rank = L::kCluster > 1 ? ClusterRank() : 0;
   walk.Next();  // A block has one piece.
   const int chunks = walk.tokens / kChunk;
 
@@ -893,12 +905,26 @@ __device__ void ProduceEffect(const Problem& problem, Walk<L> walk, unsigned cha
     copied.Next();
     clocks.Mark(2);
   };
+  const auto next = [&] {
+    for (int i = 0; i < 2; ++i) {
+      stage.Next();
+      slot.Next();
+    }
+  };
   copy(turn);
-  for (int chunk = turn; chunk < chunks; chunk += 2) {
+  for (int chunk = turn; chunk < chunks; chunk += 2, next()) {
     Opaque(&lane);  // Or all addresses of the loop would be made before it, and spilled.
     float* const beta = reinterpret_cast<float*>(memory + L::kBeta) + stage.at * kChunk;
     if (thread < kChunk) beta[thread] = ToFloat(next_beta);
     BarrierArrive(base + L::Loaded(stage.at));
+    if (MakerOfT<L>(chunk) != rank) {
+      // The slot's last T has been here: the consumers were done with it when the chunk's stage was free.
+      static_assert(L::kSlots == L::kStages);
+      if (thread == 0) BarrierExpect(base + L::Ready(slot.at), L::kSlotBytes);
+      BarrierArrive(base + L::Ready(slot.at));
+      copy(chunk + 2);
+      continue;
+    }
     BarrierWait(base + L::Loaded(stage.at), stage.parity);
     clocks.Mark(3);
     const uint32_t k = base + L::kStage + stage.at * L::kStageBytes;
@@ -923,11 +949,10 @@ __device__ void ProduceEffect(const Problem& problem, Walk<L> walk, unsigned cha
     FenceAsyncProxy();
     BarrierArrive(base + L::Ready(slot.at));
     NamedBarrier(1 + kConsumers + turn, 128);  // All are done with what the next chunk's A replaces.
-    clocks.Mark(9);
-    for (int i = 0; i < 2; ++i) {
-      stage.Next();
-      slot.Next();
+    if (L::kCluster > 1 && thread == 0) {
+      CopyToBlock(InBlock(to, rank ^ 1), to, L::kSlotBytes, InBlock(base + L::Ready(slot.at), rank ^ 1));
     }
+    clocks.Mark(9);
   }
   // Other, stage free, copy, loaded, K K^T, -, diagonal, slot free, barrier, T.
   clocks.Keep();
@@ -954,6 +979,7 @@ __device__ void ConsumeEffect(const Problem& problem, Walk<L> walk, unsigned cha
 
   for (int chunk = 0; chunk < walk.tokens / kChunk; ++chunk) {
     clocks.Mark(0);
+    BarrierWait(base + L::Loaded(stage.at), stage.parity);
     BarrierWait(base + L::Ready(slot.at), slot.parity);
     clocks.Mark(1);
     const uint32_t k_tiles = base + L::kStage + stage.at * L::kStageBytes;
@@ -994,7 +1020,12 @@ __device__ void ConsumeEffect(const Problem& problem, Walk<L> walk, unsigned cha
     AsyncProductsWait<0>();
     Pin(x);
     clocks.Mark(5);
-    BarrierArrive(base + L::SlotFree(slot.at));
+    if (L::kCluster == 1) {
+      BarrierArrive(base + L::SlotFree(slot.at));
+    } else {
+      __syncwarp();
+      if (lane == 0) BarrierArriveThere(InBlock(base + L::SlotFree(slot.at), MakerOfT<L>(chunk)), 32);
+    }
 #pragma unroll
     for (int i = 0; i < 16; ++i) operand[i / 4][i % 4] = PackBfloat16(x[2 * i], x[2 * i + 1]);
     AsyncProductsBegin();
@@ -1042,7 +1073,7 @@ __device__ Walk<L> Begin(const Problem& problem, unsigned char* memory) {
     }
     for (int i = 0; i < L::kSlots; ++i) {
       BarrierInit(base + L::Ready(i), 128 * L::kMakers);
-      BarrierInit(base + L::SlotFree(i), 128 * kConsumers);
+      BarrierInit(base + L::SlotFree(i), 128 * kConsumers * L::kCluster);
     }
     BarrierInitFence();
   }
@@ -1051,7 +1082,7 @@ __device__ Walk<L> Begin(const Problem& problem, unsigned char* memory) {
     reinterpret_cast<uint4*>(memory + L::kSlot)[i] = make_uint4(0, 0, 0, 0);
   }
   FenceAsyncProxy();
-  __syncthreads();
+  L::kCluster > 1 ? ClusterBarrier() : __syncthreads();
   return Walk<L>(problem);
 }
 
@@ -1104,6 +1135,7 @@ __global__ void __launch_bounds__(512, 1) SegmentEffectsKernel(const __grid_cons
     ProduceEffect<L, kKeys, kConsumers>(problem, walk, memory, group - kConsumers, thread % 128);
   }
   AwaitEarlier();
+  if (L::kCluster > 1) ClusterBarrier();  // The other block is still being told of what is free.
 #endif
 }
 
@@ -1211,7 +1243,8 @@ absl::Status LaunchShares(const char* name, void (*kernel)(Problem), const Probl
   return Launch(name, kernel,
                 {.grid = dim3(static_cast<unsigned>(problem.shares.blocks)),
                  .threads = L::kThreads,
-                 .shared_bytes = L::kBytes},
+                 .shared_bytes = L::kBytes,
+                 .cluster = L::kCluster},
                 overlapping, stream, problem);
 }
 

@@ -21,7 +21,7 @@ constexpr int64_t kWideColumns = 256, kWideParts = 4;
 // For the choice whether to split rows, in nanoseconds on an H200: a chunk of all columns of 128 a block, of
 // 64 columns a block, and of the effects that a block works on; what follows the effects, and of it each
 // segment.
-constexpr int64_t kWholeChunk = 3600, kStripChunk = 2000, kEffectChunk = 2100;
+constexpr int64_t kWholeChunk = 3600, kStripChunk = 2000, kEffectChunk = 1350;
 constexpr int64_t kJoin = 15000, kJoinSegment = 900;
 constexpr int64_t kLeastSplit = 12 * kChunk;  // Tokens; shorter rows are never split.
 
