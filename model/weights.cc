@@ -293,7 +293,7 @@ class Loader {
       if ((*name == 'b' && !config_.use_beta) || (*name == 'g' && !config_.use_gate)) continue;
       front.push_back(absl::StrCat(attn, name, "_proj.weight"));
     }
-    // For the kernels of ops/gemm_lt_cuda.cc, which want such a multiple; at most 2 % more.
+    // For the kernels of ops/gemm_lt_cuda.cu, which want such a multiple; at most 2 % more.
     const bool pads = dtype_ == DType::kBFloat16 && 2 * config_.key_width() + config_.value_width() >= 3072;
     ASSIGN_OR_RETURN(layer->qkv, Stacked(front, "", pads ? 64 : 1));
     if (config_.use_short_conv) {

@@ -29,9 +29,9 @@ absl::Status ShortConvQkvCuda(const RaggedRows& rows, const ShortConvQkvArgs& ar
 // Whether GemmSkinnyCuda can make this product on the current device.
 bool GemmSkinnyCudaTakes(const FusedGemmArgs& args);
 absl::Status GemmSkinnyCuda(const FusedGemmArgs& args, void* stream);
-// Whether it has made the product, or left it alone, for there is no kernel to be preferred; on the current
-// device.
-absl::StatusOr<bool> GemmLtCuda(const GemmArgs& args, void* stream);
+// Whether it has made the product, or left it alone, for there is no kernel to be preferred; on the current device, of
+// which `cublas_lt` is a cublasLtHandle_t.
+absl::StatusOr<bool> GemmLtCuda(const GemmArgs& args, void* cublas_lt, void* stream);
 absl::Status AddRmsNormCuda(const AddRmsNormArgs& args, void* stream);
 absl::Status GatedUnitCuda(const GatedUnitArgs& args, void* stream);
 absl::Status OutputNormCuda(const OutputNormArgs& args, void* stream);

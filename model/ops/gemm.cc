@@ -1,6 +1,6 @@
 // Products go to LibTorch's library (cuBLAS, MKL), but for some. On a GPU those in bfloat16 of few rows, where
 // there is our kernel (gemm_skinny_cuda.cu), and those of many, where the library is told which kernel to take
-// (gemm_lt_cuda.cc). On the CPU those in a fixed order, whose rows' bits must not depend on their number: those
+// (gemm_lt_cuda.cu). On the CPU those in a fixed order, whose rows' bits must not depend on their number: those
 // of MKL's do (by the kernel, which it chooses by m; by where in a block a row stands, where n < 12 and rows
 // are no multiple of 16 bytes); and those of few rows, which are in that order too, for where matrices are
 // small it is faster: a step of TransformerDeltaNet(64, num_layers=6) for 1 and 16 tokens took 19 and 440 us
@@ -31,6 +31,10 @@
 #include "model/base/status_macros.h"
 #include "model/ops/cpu/dispatch.h"
 #include "model/ops/cuda_kernels.h"
+
+#ifdef DELTANET_CUDA
+#include <ATen/cuda/CUDAContextLight.h>
+#endif
 
 namespace deltanet {
 namespace {
@@ -132,7 +136,7 @@ absl::Status Gemm(const GemmArgs& args, const OpContext& context) {
   }
 #ifdef DELTANET_CUDA
   if (!on_cpu) {
-    ASSIGN_OR_RETURN(const bool made, GemmLtCuda(args, context.stream));
+    ASSIGN_OR_RETURN(const bool made, GemmLtCuda(args, at::cuda::getCurrentCUDABlasLtHandle(), context.stream));
     if (made) return absl::OkStatus();
   }
 #endif

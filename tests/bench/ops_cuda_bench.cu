@@ -9,8 +9,6 @@
 // random: of zeros, a library's product of many tokens is faster than the device has power for.
 //
 //   ops_cuda_bench [REPLAYS]     (30)
-#include <cuda_bf16.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -19,6 +17,7 @@
 
 #include "model/base/round_up.h"
 #include "model/device.h"
+#include "model/ops/cuda_util.cuh"
 #include "model/ops/elementwise.h"
 #include "model/ops/gemm.h"
 #include "model/ops/output_norm.h"

@@ -16,7 +16,8 @@
 //   2048, 5632    float32, added            585     569
 //
 // FLOPs: 2 m n k, 756 G for the third of these, which is 0.76 ms at the 990 TFLOP/s of full clocks.
-#include <ATen/cuda/CUDAContextLight.h>
+#include <cublasLt.h>
+#include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -33,6 +34,12 @@ constexpr uintptr_t kAlignment = 256;  // That the library counts on.
 
 bool Aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kAlignment == 0; }
 
+bool IsHopper() {
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
+}
+
 bool IsPreferred(const cublasLtMatmulHeuristicResult_t& candidate) {
   int32_t tile = CUBLASLT_MATMUL_TILE_UNDEFINED;
   size_t written = 0;
@@ -46,9 +53,9 @@ bool IsPreferred(const cublasLtMatmulHeuristicResult_t& candidate) {
 
 }  // namespace
 
-absl::StatusOr<bool> GemmLtCuda(const GemmArgs& args, void* stream) {
+absl::StatusOr<bool> GemmLtCuda(const GemmArgs& args, void* cublas_lt, void* stream) {
   if (args.dtype != DType::kBFloat16 || args.fixed_order || args.m < kFewestRows || !Aligned(args.a) ||
-      !Aligned(args.b) || !Aligned(args.c) || at::cuda::getCurrentDeviceProperties()->major != 9) {
+      !Aligned(args.b) || !Aligned(args.c) || !IsHopper()) {
     return false;
   }
   const auto fail = [](const char* what) {
@@ -69,7 +76,7 @@ absl::StatusOr<bool> GemmLtCuda(const GemmArgs& args, void* stream) {
       cublasLtMatmulPreferenceInit(&preference) != CUBLAS_STATUS_SUCCESS) {
     return fail("describing a product");
   }
-  const cublasLtHandle_t handle = at::cuda::getCurrentCUDABlasLtHandle();
+  const auto handle = static_cast<cublasLtHandle_t>(cublas_lt);
   cublasLtMatmulHeuristicResult_t candidates[kCandidates];
   int found = 0;
   if (cublasLtMatmulAlgoGetHeuristic(handle, &product, &b, &a, &c, &c, &preference, kCandidates, candidates,
