@@ -13,18 +13,21 @@
 // is in shared memory after the first (q and k before their norm, with their warps' sums), the groups' sums
 // over S after the second. The first group alone makes o, whose norm is then a matter of its lanes.
 //
-// Bytes a row and head: 8 D^2 for S, 18 D + 18 D for the tails (bfloat16); a token: 2 (3 D + 1) of z, D of the
-// gate, D out, twice as much in float32. D = 128: 128 KiB + 4.5 KiB + 1 KiB a token. 16 heads and 64, 256, 1024
-// sessions of one token: 140, 560, 2239 MB: 33, 130, 521 us at 4.3 TB/s. FLOPs: 8 D^2 a token.
+// Bytes a row and head: 8 D^2 for S, 18 D + 18 D for the tails (bfloat16); a token: 2 (3 D + 1) of z, D of
+// the gate, D out, twice as much in float32. D = 128: 128 KiB + 4.5 KiB + 1 KiB a token. 16 heads and 64,
+// 256, 1024 sessions of one token: 140, 560, 2239 MB: 33, 130, 521 us at 4.3 TB/s. FLOPs: 8 D^2 a token.
 //
 // The kernel begins while the one before it still runs (LaunchOverlapping). What it needs from slots, tails
 // and S, is asked for before it waits for that one, which makes z, and S not waited for until the first
 // barrier; with D = 128 two blocks fit a multiprocessor (128 registers a thread), 128 KiB on their way.
 //
-// Measured (24 November 2026, one H200, 16 heads of 128, a token of 64, 256, 1024 sessions, us): 45, 165,
-// 629, of which some 4 are the launch; 1, 16 sessions: 9, 13. In turn with this: S in shared memory, three
-// blocks a multiprocessor, 51, 163, 607; a block for many heads, the next one's S on its way to shared
-// memory, 50, 172, 656.
+// Measured (27 November 2026, one H200, 16 heads of 128, a token of 1, 16, 64, 256, 1024 sessions, us, a
+// graph of one call): 8, 12, 44, 163, 629 with tails in float32, 141 KiB a head; a plain copy of the same
+// states from slot to slot 5, 9, 39, 145, 569, and of all its forms that were tried (units of 4 to 64 KiB,
+// through registers or in bulk, 8 to 26 MB on their way) none took less than 37.5, 137 and 532. ncu, tails in
+// bfloat16, 256 and 1024 sessions: 160 and 619 us at 69 and 74 % of the memory's peak, the copy 133 and 540 us
+// at 80 and 82 %. In turn with this: S in shared memory, three blocks a multiprocessor, 51, 163, 607; a block
+// for many heads, the next one's S on its way to shared memory, 50, 172, 656.
 #include <cstdint>
 
 #include "model/ops/cuda_kernels.h"

@@ -33,7 +33,8 @@
 // same recurrence without outputs: D from v and S = 0; M - I also from S = 0, with -k in the place of v.
 //   1. SegmentEffectsKernel: M - I and D of the segments between the first and the last; a block has two
 //      consumers of 64 columns of [M - I, D] each, and two producers that copy k and v and make T, of chunks
-//      in turn. Beside it, the kernel above takes the first segments, with outputs.
+//      in turn. The two blocks that K = 128 takes are a cluster, in which each makes T of every second pair
+//      of chunks for both. Beside it, the kernel above takes the first segments, with outputs.
 //   2. JoinSegmentsKernel: the state after each, S' = S + (M - I) S + D, one after another, in float32 (the
 //      product on operands split in two bfloat16, three products). Where beta = 0, M - I is 0 and S stays as
 //      it was.
@@ -68,8 +69,8 @@
 // 16 us more; in brackets before rows were split):
 //
 //   8 rows of 2048     122             32 rows of 512             138      1 row of 512      24
-//   1 row of 8192      142  (262)      64 rows of 64               83      1 row of 2048     52 (69)
-//   1 row of 32768     498 (1020)      32 ragged rows, 8913       105
+//   1 row of 8192      134  (262)      64 rows of 64               83      1 row of 2048     51 (69)
+//   1 row of 32768     458 (1020)      32 ragged rows, 8913       105      2 rows of 8192   215
 //   8 rows of 4096, 32 heads of 64                         235
 //   8 rows of 2048, 8 heads of 256                         215
 //
@@ -81,9 +82,10 @@
 // Cutting T between both producers (A and the diagonal; the columns and P) took 141 us instead of 122, for
 // their 64 registers a thread do not hold it. One consumer: its own chain, some 2800 of 3600 cycles a chunk,
 // of which the tensor cores are busy 1150, and 1660 with T's and P's; only a split of the sequence would
-// help, if few rows keep the device busy. Effects: T, 7400 cycles of each producer a chunk and so 3760 a
-// chunk, 1280 of which the consumers wait. One row of 8192: the first pass 62 us, the join 9, the last 70. K
-// = 256: two stages, each of which lives through its copy, T and the consumer; such rows are not split.
+// help, if few rows keep the device busy. Effects: where each block made all of T, that took 7400 cycles of
+// each producer a chunk and so 3760 a chunk, 1280 of which the consumers waited, and one row of 8192 took
+// 139 us: the first pass 62, the join 9, the last 70. K = 256: two stages, each of which lives through its
+// copy, T and the consumer; such rows are not split.
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>

@@ -23,18 +23,19 @@
 // plenty. On an H200 (27 November 2026), products in a row that begin while the one before ends, each of
 // another matrix, with what surrounds them in a layer, in us, against b at 4.25 TB/s:
 //
-//   n, k, then         floor   m = 1     16     32     64    128
-//   6160, 2048           5.9     7.8    8.1    8.6   10.2   15.4
-//   2048, 2048, add      2.0     4.4    4.7    5.3    6.9   10.3
-//   11264, 2048, gate   10.9    13.3   13.9   15.2   16.8   21.5
-//   2048, 5632, add      5.4     8.0    8.3    9.6   11.3   15.9
-//   the four in turn    24.2    33.0   35.2   38.0   45.1   63.9
+//   n, k, then         floor   m = 1     16     64    128
+//   6160, 2048           5.9     7.5    8.2   10.1   15.3
+//   2048, 2048, add      2.0     3.8    4.0    5.7    9.2
+//   11264, 2048, gate   10.9    13.3   13.9   16.1   20.8
+//   2048, 5632, add      5.4     7.7    7.9   10.4   14.8
+//   32000, 2048         30.8    32.1   32.9   35.5   39.1
 //
-// What is missing is the chain from the end of one to the products of the next, 4.4 us with one token (the
-// second line is nothing else) and 7 with 64, of which the ring covers some 2. Tried and no gain: one block a
-// multiprocessor, so that the next kernel's fits beside; tokens copied to two or four blocks of a cluster at
-// once; more of b brought into the L2 meanwhile; clusters of at most four; one kernel for the four, whose
-// ring runs on over barriers of the whole grid (51 us with one token, 68 with 64).
+// What is missing is the chain from the end of one to the products of the next, 3.8 us with one token (the
+// second line is nothing else) and 6 with 64, of which the ring covers some 2. With a barrier that waits for
+// the device's memory too, before the sums are added up, each took 0.3 to 1 us more. Tried and no gain: one
+// block a multiprocessor, so that the next kernel's fits beside; tokens copied to two or four blocks of a
+// cluster at once; more of b brought into the L2 meanwhile; clusters of at most four; one kernel for the
+// four, whose ring runs on over barriers of the whole grid (51 us with one token, 68 with 64).
 #include <algorithm>
 #include <cstdint>
 

@@ -57,7 +57,7 @@ class Bench {
         narrow_(most_tokens * kD),
         normed_(most_tokens * kD),
         wide_(most_tokens * 2 * kF),
-        gated_(most_tokens * std::max(kF, kOutStride)),
+        gated_(most_tokens * 2 * kF),
         squares_(kMostFusedTokens * SquaresWidth(kD)),
         matrices_(kDevice, kMatrixBytes) {
     Clear(x_, most_tokens * kD);
