@@ -1059,10 +1059,6 @@ __device__ void ConsumeEffect(const Problem& problem, Walk<L> walk, unsigned cha
   clocks.Keep();
 }
 
-#endif  // __CUDA_ARCH_FEAT_SM90_ALL
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
 // What a block of both kernels begins with; returns its share.
 template <typename L, int kConsumers>
 __device__ Walk<L> Begin(const Problem& problem, unsigned char* memory) {
