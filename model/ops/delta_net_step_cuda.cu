@@ -50,7 +50,7 @@ class Channel {
   __device__ Channel(const ShortConvQkvArgs& args, int64_t token, bool fresh, int32_t base_slot,
                      int64_t channel)
       : z_(static_cast<const T*>(args.z) + token * args.z_stride + channel), stride_(args.z_stride) {
-    const int64_t width = args.heads * (2 * args.key_dim + args.value_dim);
+    const int64_t width = QkvWidth(args);
     const T* const tail = TailOf<T>(args, base_slot) + channel;
 #pragma unroll
     for (int j = 0; j < kTaps - 1; ++j) before_[j] = fresh ? 0.0f : ToFloat(tail[j * width]);
@@ -77,7 +77,7 @@ class Channel {
     return y;
   }
   __device__ void StoreTail(const ShortConvQkvArgs& args, int32_t work_slot, int64_t channel) const {
-    const int64_t width = args.heads * (2 * args.key_dim + args.value_dim);
+    const int64_t width = QkvWidth(args);
     T* const tail = TailOf<T>(args, work_slot) + channel;
 #pragma unroll
     for (int j = 0; j < kTaps - 1; ++j) tail[j * width] = FromFloat<T>(before_[j]);

@@ -642,6 +642,34 @@ __device__ void Produce(const Problem& problem, Walk<L> walk, unsigned char* mem
   clocks.Keep();
 }
 
+// Of consumers. Queued as one group: S^T K^T, or S^T Q^T, with the chunk's keys or queries at `rows`.
+template <int kKeys>
+__device__ void QueueOfState(float (&x)[32], const uint32_t (&s_operand)[kKeys / 16][4], uint32_t rows) {
+  AsyncProductsBegin();
+#pragma unroll
+  for (int i = 0; i < kKeys / 16; ++i) {
+    AsyncProduct<64, false>(x, s_operand[i], Further(rows, i / 4 * kTileBytes + i % 4 * 32), i > 0);
+  }
+  AsyncProductsEnd();
+}
+// V^T as an operand.
+__device__ inline void LoadValues(uint32_t (&operand)[4][4], uint32_t v_tile, int warp, int lane) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    LoadMatricesTransposed(operand[i],
+                           v_tile + InTile(16 * i + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2));
+  }
+}
+// Queued as one group: X^T T^T, T in hi and lo.
+__device__ inline void QueueOfT(float (&x)[32], const uint32_t (&operand)[4][4], uint32_t t_rows) {
+  AsyncProductsBegin();
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    AsyncProduct<64, false>(x, operand[i % 4], Further(t_rows, i / 4 * kTileBytes + i % 4 * 32), i > 0);
+  }
+  AsyncProductsEnd();
+}
+
 // A consumer: 64 columns of S. `group` is its number.
 template <typename L, int kKeys, int kConsumers, bool kNarrow>
 __device__ void Consume(const Problem& problem, Walk<L> walk, unsigned char* memory, int group, int thread) {
@@ -746,28 +774,14 @@ __device__ void Consume(const Problem& problem, Walk<L> walk, unsigned char* mem
           AsyncProductsEnd();
         }
       } else {
-        AsyncProductsBegin();
-#pragma unroll
-        for (int i = 0; i < kKeys / 16; ++i) {  // S^T K^T
-          AsyncProduct<64, false>(x, s_operand[i], Further(k_rows, i / 4 * kTileBytes + i % 4 * 32), i > 0);
-        }
-        AsyncProductsEnd();
+        QueueOfState<kKeys>(x, s_operand, k_rows);
       }
 
       uint32_t operand[4][4];  // V^T, then X^T, then U^T.
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        LoadMatricesTransposed(operand[i],
-                               v_tile + InTile(16 * i + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2));
-      }
+      LoadValues(operand, v_tile, warp, lane);
       if constexpr (!L::kWide) {
         if (chunk > 0) store_out(chunk - 1);
-        AsyncProductsBegin();
-#pragma unroll
-        for (int i = 0; i < kKeys / 16; ++i) {  // S^T Q^T
-          AsyncProduct<64, false>(o, s_operand[i], Further(q_rows, i / 4 * kTileBytes + i % 4 * 32), i > 0);
-        }
-        AsyncProductsEnd();
+        QueueOfState<kKeys>(o, s_operand, q_rows);
       }
 
       clocks.Mark(2);
@@ -780,12 +794,7 @@ __device__ void Consume(const Problem& problem, Walk<L> walk, unsigned char* mem
         uint32_t& v = operand[i / 4][i % 4];
         v = PackBfloat16(LowBfloat16(v) - x[2 * i], HighBfloat16(v) - x[2 * i + 1]);
       }
-      AsyncProductsBegin();
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {  // X^T T^T, hi and lo
-        AsyncProduct<64, false>(x, operand[i % 4], Further(t_rows, i / 4 * kTileBytes + i % 4 * 32), i > 0);
-      }
-      AsyncProductsEnd();
+      QueueOfT(x, operand, t_rows);
       clocks.Mark(4);
       AsyncProductsWait<0>();
       Pin(x);
@@ -990,18 +999,9 @@ __device__ void ConsumeEffect(const Problem& problem, Walk<L> walk, unsigned cha
     const uint32_t t_rows = TileByRows(base + L::kSlot + slot.at * L::kSlotBytes);
 
     float x[32];
-    AsyncProductsBegin();
-#pragma unroll
-    for (int i = 0; i < kKeys / 16; ++i) {  // S^T K^T
-      AsyncProduct<64, false>(x, s_operand[i], Further(k_rows, i / 4 * kTileBytes + i % 4 * 32), i > 0);
-    }
-    AsyncProductsEnd();
+    QueueOfState<kKeys>(x, s_operand, k_rows);
     uint32_t operand[4][4];  // V^T, then X^T, then U^T.
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      LoadMatricesTransposed(operand[i],
-                             v_tile + InTile(16 * i + lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2));
-    }
+    LoadValues(operand, v_tile, warp, lane);
     clocks.Mark(2);
     AsyncProductsWait<0>();
     Pin(x);
@@ -1012,12 +1012,7 @@ __device__ void ConsumeEffect(const Problem& problem, Walk<L> walk, unsigned cha
       v ^= sign;
       v = PackBfloat16(LowBfloat16(v) - x[2 * i], HighBfloat16(v) - x[2 * i + 1]);
     }
-    AsyncProductsBegin();
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {  // X^T T^T, hi and lo
-      AsyncProduct<64, false>(x, operand[i % 4], Further(t_rows, i / 4 * kTileBytes + i % 4 * 32), i > 0);
-    }
-    AsyncProductsEnd();
+    QueueOfT(x, operand, t_rows);
     clocks.Mark(4);
     AsyncProductsWait<0>();
     Pin(x);

@@ -44,10 +44,6 @@ constexpr int kPast = kStripTaps - 1;
 constexpr int kMostTile = 64;  // Tokens of a tile.
 constexpr int kBlocks = 1056;  // That keep a device busy: eight for each of an H100's multiprocessors.
 
-__device__ inline int64_t QkvWidth(const ShortConvQkvArgs& args) {
-  return args.heads * (2 * args.key_dim + args.value_dim);
-}
-
 // Input `i` of the row (negative: of those before it), channel c; zero before the start.
 template <typename T>
 __device__ inline float InputAt(const RaggedRows& rows, const ShortConvQkvArgs& args, int row, int64_t i,
@@ -253,7 +249,7 @@ bool TakesStrips(const ShortConvQkvArgs& args) {
 
 template <typename T>
 absl::Status LaunchStrips(const RaggedRows& rows, const ShortConvQkvArgs& args, cudaStream_t stream) {
-  const int64_t strips = args.heads * (2 * args.key_dim + args.value_dim) / kStrip;
+  const int64_t strips = QkvWidth(args) / kStrip;
   const int64_t blocks = (strips + kThreads - 1) / kThreads;
   const int64_t tile = std::clamp<int64_t>((rows.tokens * blocks + kBlocks - 1) / kBlocks, 1, kMostTile);
   const dim3 grid(static_cast<unsigned>((rows.tokens + tile - 1) / tile), static_cast<unsigned>(blocks + 1));
@@ -356,7 +352,7 @@ absl::Status Launch(const RaggedRows& rows, const ShortConvQkvArgs& args, cudaSt
     RETURN_IF_ERROR(LaunchStatus("ShortConvHeadKernel"));
   }
   if (rows.rows == 0 || args.taps < 2) return absl::OkStatus();
-  const int64_t channels = rows.rows * args.heads * (2 * args.key_dim + args.value_dim);
+  const int64_t channels = rows.rows * QkvWidth(args);
   const dim3 grid(static_cast<unsigned>((channels + kThreads - 1) / kThreads));
   return LaunchOverlapping("ShortConvTailKernel", ShortConvTailKernel<T>, {.grid = grid, .threads = kThreads}, stream,
                            rows, args);

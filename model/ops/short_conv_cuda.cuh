@@ -7,7 +7,11 @@
 
 namespace deltanet {
 
-// What a slot remembers, [taps - 1, channels].
+__host__ __device__ inline int64_t QkvWidth(const ShortConvQkvArgs& args) {
+  return args.heads * (2 * args.key_dim + args.value_dim);
+}
+
+// What a slot remembers, [taps - 1, QkvWidth].
 template <typename T>
 __device__ inline T* TailOf(const ShortConvQkvArgs& args, int32_t slot) {
   return reinterpret_cast<T*>(args.tail.at(slot));
