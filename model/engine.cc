@@ -131,6 +131,19 @@ class Layout {
   int64_t bytes_ = 0;
 };
 
+// Whether every layer is of those that FusedGemm makes up, save for the sizes and the device.
+bool LayersFuse(const Weights& weights, const ModelOptions& options) {
+  if (weights.dtype != DType::kBFloat16 || weights.mixer != MixerKind::kShortConv ||
+      weights.config.lookahead_per_layer() > 0 || options.deterministic) {
+    return false;
+  }
+  return std::all_of(weights.layers.begin(), weights.layers.end(), [](const LayerWeights& layer) {
+    return layer.pre_norm != nullptr && layer.post_norm == nullptr && layer.has_ff && layer.ff_norm != nullptr &&
+           layer.post_ff_norm == nullptr && layer.qkv.bias == nullptr && layer.out.bias == nullptr &&
+           layer.ff_in.bias == nullptr && layer.ff_out.bias == nullptr;
+  });
+}
+
 // Intermediate results of one step, on the device; one after another the steps use the same. Named by
 // content; T is the dtype of the weights' matrices. Sizes are those of the largest step.
 struct Workspace {
@@ -138,7 +151,7 @@ struct Workspace {
     const int64_t tokens = ProductRows(options.max_step_tokens, options);
     const int64_t d = weights.config.d_model;
     const int64_t value_width = weights.heads * weights.value_dim;
-    const bool composed = weights.mixer == MixerKind::kComposed;
+    const bool composed = weights.mixer == MixerKind::kComposed, fuses = LayersFuse(weights, options);
     const DType t = weights.dtype;
     int64_t ff = 0;
     for (const LayerWeights& layer : weights.layers) ff = std::max(ff, layer.ff_out.inputs);
@@ -157,11 +170,11 @@ struct Workspace {
                           layout.Take(composed ? 0 : tokens * qkv_stride, t),
                           layout.Take(tokens * value_width, t),
                           layout.Take(tokens * std::max(d, value_width), t),
-                          layout.Take(tokens * d, t),
+                          layout.Take(fuses ? tokens * d : 0, t),
                           layout.Take(tokens * 2 * ff, t),
                           layout.Take(tokens * ff, t),
                           layout.Take(logits_floats, DType::kFloat32),
-                          layout.Take(tokens * SquaresWidth(d), DType::kFloat32),
+                          layout.Take(fuses ? tokens * SquaresWidth(d) : 0, DType::kFloat32),
                           layout.Take(states * weights.key_dim * value_width, DType::kFloat32)};
     buffer = DeviceBuffer(options.device, layout.bytes());
     centre = reinterpret_cast<float*>(buffer.data() + at[0]);
@@ -367,18 +380,6 @@ struct RowOutputs {
   bool carried;  // Of the token before the row.
   int64_t begin, end;  // Of these tokens of the row.
 };
-
-// Whether every layer is of those that FusedGemm makes up, save for the sizes.
-bool LayersFuse(const Weights& weights, const ModelOptions& options) {
-  if (weights.mixer != MixerKind::kShortConv || weights.config.lookahead_per_layer() > 0 || options.deterministic) {
-    return false;
-  }
-  return std::all_of(weights.layers.begin(), weights.layers.end(), [](const LayerWeights& layer) {
-    return layer.pre_norm != nullptr && layer.post_norm == nullptr && layer.has_ff && layer.ff_norm != nullptr &&
-           layer.post_ff_norm == nullptr && layer.qkv.bias == nullptr && layer.out.bias == nullptr &&
-           layer.ff_in.bias == nullptr && layer.ff_out.bias == nullptr;
-  });
-}
 
 class Engine final : public Model {
  public:

@@ -9,7 +9,6 @@
 // random: of zeros, a library's product of many tokens is faster than the device has power for.
 //
 //   ops_cuda_bench [REPLAYS]     (30)
-#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>

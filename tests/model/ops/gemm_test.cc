@@ -189,6 +189,12 @@ TEST_P(GemmTest, IsAsGoodAsPlainSumsAndWritesItsColumnsAlone) {
 }
 
 #ifdef DELTANET_CUDA
+// What a product of bfloat16 operands may become.
+constexpr struct Kind {
+  DType c_dtype;
+  bool accumulate;
+} kKinds[] = {{DType::kFloat32, false}, {DType::kBFloat16, false}, {DType::kFloat32, true}};
+
 // Products that a step of the 1.3B model makes, and such of odd sizes, with few rows. Of large ones some columns are
 // looked at, the last ones among them.
 TEST(GemmCudaTest, OfFewRowsIsAsGoodAsPlainSumsAndWritesItsColumnsAlone) {
@@ -199,13 +205,8 @@ TEST(GemmCudaTest, OfFewRowsIsAsGoodAsPlainSumsAndWritesItsColumnsAlone) {
   constexpr int64_t kMostRows = 129;
   std::vector<int64_t> rows(kMostRows);
   for (int64_t i = 0; i < kMostRows; ++i) rows[i] = i;
-  struct Kind {
-    DType c_dtype;
-    bool accumulate;
-  };
   for (const Sizes& sizes : kFewRowsSizes) {
-    for (const Kind& kind :
-         {Kind{DType::kFloat32, false}, {DType::kBFloat16, false}, {DType::kFloat32, true}}) {
+    for (const Kind& kind : kKinds) {
       const DType c_dtype = kind.c_dtype;
       const int64_t band = kind.accumulate ? 0 : c_dtype == DType::kFloat32 ? 3 : 8 + (8 - sizes.n % 8) % 8;
       Product product(mode, sizes, kMostRows, c_dtype, band, kind.accumulate);
@@ -251,16 +252,11 @@ TEST(GemmCudaTest, OfFewRowsIsAsGoodAsPlainSumsAndWritesItsColumnsAlone) {
 TEST(GemmCudaTest, OfManyRowsIsAsGoodAsPlainSumsAndWritesItsColumnsAlone) {
   const Mode mode{"cuda_bfloat16", {DeviceType::kCuda, 0}, DType::kBFloat16};
   SKIP_WITHOUT_DEVICE(mode);
-  struct Kind {
-    DType c_dtype;
-    bool accumulate;
-  };
   constexpr int64_t kRows = 4099;
   std::vector<int64_t> rows(kRows);
   for (int64_t i = 0; i < kRows; ++i) rows[i] = i;
   for (const Sizes& sizes : {Sizes{2048, 256}, {11264, 64}, {6160, 64}, {264, 2048}}) {
-    for (const Kind& kind :
-         {Kind{DType::kFloat32, false}, {DType::kBFloat16, false}, {DType::kFloat32, true}}) {
+    for (const Kind& kind : kKinds) {
       SCOPED_TRACE(absl::StrCat("[", kRows, ",", sizes.k, "] x [", sizes.k, ",", sizes.n, "] into ",
                                 DTypeName(kind.c_dtype), kind.accumulate ? ", added" : ""));
       const int64_t band = 128 - sizes.n % 128;  // Rows of c begin where the library likes them to.
