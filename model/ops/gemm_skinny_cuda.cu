@@ -5,14 +5,15 @@
 // them). A block has 128 rows of b and all tokens; two warpgroups multiply, 64 rows each. One thread of a
 // further warp queues the copies of b and one of the next warp those of a, in steps of 64 elements of k, into
 // a ring in shared memory: 16 KiB of b and up to 16 KiB of a a step, at most 112 KiB, so that two blocks fit
-// a multiprocessor. Of b no more than some 50 KiB a block are on their way, which is enough for the memory:
-// all else that a block waits for comes out of the L2, and queues behind them. The second of the two warps
-// finds the norm's factors as well. Where b has fewer tiles than would fill the device, 2, 4 or 8 blocks
-// share a tile, each a part of k; they are a cluster, each leaves its sums in its shared memory, and each
-// adds up a part of the tokens, of all blocks in the order of their ranks. So there are no atomics and no
-// workspace, and the same operands give the same bits. Then a warp has a token's 128 sums, four a lane, which
-// it stores, or adds to the residual stream and squares, or gates: for that the tile is 64 rows of the first
-// half of b and the 64 that belong to them of the second.
+// a multiprocessor. Of b no more than 48 KiB a block are on their way, which is enough for the memory: all else
+// that a block waits for comes out of the L2, and queues behind them; and no more than 32 KiB while the ring is
+// filled for the first time, for behind these queue the last values of the kernel before, which ends the later.
+// The second of the two warps finds the norm's factors as well. Where b has fewer tiles than would fill the
+// device, 2, 4 or 8 blocks share a tile, each a part of k; they are a cluster, each leaves its sums in its
+// shared memory, and each adds up a part of the tokens, of all blocks in the order of their ranks. So there
+// are no atomics and no workspace, and the same operands give the same bits. Then a warp has a token's 128
+// sums, four a lane, which it stores, or adds to the residual stream and squares, or gates: for that the tile
+// is 64 rows of the first half of b and the 64 that belong to them of the second.
 //
 // The kernel begins while the one before it still runs (LaunchOverlapping): the ring is filled with b, which
 // is constant; then it waits for its tokens. It lets the next one begin when it has asked for its last steps
@@ -34,8 +35,10 @@
 // second line is nothing else) and 6 with 64, of which the ring covers some 2. With a barrier that waits for
 // the device's memory too, before the sums are added up, each took 0.3 to 1 us more. Tried and no gain: one
 // block a multiprocessor, so that the next kernel's fits beside; tokens copied to two or four blocks of a
-// cluster at once; more of b brought into the L2 meanwhile; clusters of at most four; one kernel for the
-// four, whose ring runs on over barriers of the whole grid (51 us with one token, 68 with 64).
+// cluster at once; what the next kernel's ring does not hold brought into the L2 meanwhile (2 to 4 us a layer
+// worse for 10 to 20 MB); blocks of 128 or 192 rows, never more than there are multiprocessors, so that all of the
+// next kernel's fit beside (4 % worse at 64 tokens); clusters of at most four; one kernel for the four, whose ring
+// runs on over barriers of the whole grid (51 us with one token, 68 with 64).
 #include <algorithm>
 #include <cstdint>
 
@@ -77,14 +80,14 @@ struct Problem {
 };
 
 // Steps of b that a block has yet to ask for when it lets the next kernel begin.
-constexpr int StepsLeft(int tokens) { return tokens <= 32 ? 4 : 0; }
+constexpr int StepsLeft(int tokens) { return tokens <= 8 ? 8 : tokens <= 32 ? 4 : 0; }
 
 template <int kTokens>
 struct Layout {
   static constexpr int kRowsBytes = kRows * kStep * 2, kTokensBytes = kTokens * kStep * 2;
   static constexpr int kStageBytes = kRowsBytes + kTokensBytes;
   static constexpr int kStages = (112 * 1024 - 4 * kTokens - 256) / kStageBytes;
-  static constexpr int kOnTheirWay = (48 * 1024 + kStageBytes - 1) / kStageBytes;  // Steps of b, at most.
+  static constexpr int kAtFirst = 2, kOnTheirWay = kTokens <= 32 ? 3 : 2;  // Steps of b, at most.
   static constexpr int kFactors = kStages * kStageBytes;                           // [kTokens] Floats.
   static constexpr int kBarriers = kFactors + 4 * kTokens;
   static constexpr int kBytes = kBarriers + 24 * kStages;
@@ -107,7 +110,7 @@ __device__ inline void ProduceRows(const CUtensorMap* rows, const Problem& probl
   using L = Layout<kTokens>;
   const int row = tile * problem.rows_of_tile;
   for (int step = 0; step < steps; ++step) {
-    if (const int landed = step - L::kOnTheirWay; landed >= 0) {
+    if (const int landed = step - (step < L::kStages ? L::kAtFirst : L::kOnTheirWay); landed >= 0) {
       BarrierWait(L::RowsThere(base, landed % L::kStages), (landed / L::kStages) & 1);
     }
     const int slot = step % L::kStages, k = (first + step) * kStep;
