@@ -37,7 +37,7 @@ class Scatter {
       if (raw == nullptr) {
         std::memset(to, 0, d * sizeof(float));
       } else if (args_.norm_scale != nullptr && seen == raw) {
-        kernels_.add_rms_norm(d, kEpsilon.after, kEpsilon.inside, raw, nullptr, nullptr, nullptr,
+        kernels_.add_rms_norm(d, kEpsilon.after, kEpsilon.inside, raw, nullptr, nullptr,
                               args_.norm_scale, to);
         seen = to;
       } else {

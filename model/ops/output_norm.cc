@@ -40,8 +40,8 @@ absl::Status OutputNorm(const OutputNormArgs& args, const OpContext& context) {
       const float* const x = static_cast<const float*>(args.x) + n * row_width;
       float* const out = static_cast<float*>(args.out) + n * row_width;
       for (int64_t i = 0; i < row_width; i += args.width) {
-        kernels.add_rms_norm(args.width, args.epsilon.after, args.epsilon.inside, x + i, /*delta=*/nullptr,
-                             /*bias=*/nullptr, /*sum=*/nullptr, args.scale, out + i);
+        kernels.add_rms_norm(args.width, args.epsilon.after, args.epsilon.inside, x + i, /*bias=*/nullptr,
+                             /*sum=*/nullptr, args.scale, out + i);
       }
       if (args.gate != nullptr) {
         kernels.silu_gate(row_width, static_cast<const float*>(args.gate) + n * args.gate_stride, out);

@@ -24,11 +24,10 @@ absl::Status AddRmsNorm(const AddRmsNormArgs& args, const OpContext& context) {
   if (args.scale == nullptr ? (args.sum == nullptr) == (args.normed == nullptr) : args.normed == nullptr) {
     return absl::InvalidArgumentError("RMSNorm wants normed, or without a scale one of sum and normed");
   }
-  RETURN_IF_ERROR(CheckKernels(context, {args.delta_dtype, args.normed_dtype}));
+  RETURN_IF_ERROR(CheckKernels(context, {args.normed_dtype}));
   CUDA_DOOR(AddRmsNormCuda(args, context.stream));
   const CpuKernels& kernels = ActiveCpuKernels();
   const int64_t d = args.width;
-  const float* const delta = static_cast<const float*>(args.delta);
   float* const normed = static_cast<float*>(args.normed);
   float* const sum = args.sum == nullptr && args.scale == nullptr ? normed : args.sum;
   context.parallel_for(args.rows, GrainFor(kMinElements, d), [&](int64_t begin, int64_t end) {
@@ -36,9 +35,8 @@ absl::Status AddRmsNorm(const AddRmsNormArgs& args, const OpContext& context) {
       const int64_t from = (args.gather != nullptr ? args.gather[n] : n) * d;
       float* const sum_to = sum != nullptr ? sum + n * d : nullptr;
       float* const normed_to = normed != nullptr ? normed + n * d : nullptr;
-      kernels.add_rms_norm(d, args.epsilon.after, args.epsilon.inside, args.x + from,
-                           delta != nullptr ? delta + from : nullptr, args.bias, sum_to, args.scale,
-                           args.scale != nullptr ? normed_to : nullptr);
+      kernels.add_rms_norm(d, args.epsilon.after, args.epsilon.inside, args.x + from, args.bias, sum_to,
+                           args.scale, args.scale != nullptr ? normed_to : nullptr);
     }
   });
   return absl::OkStatus();

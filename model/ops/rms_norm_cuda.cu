@@ -1,11 +1,12 @@
-// Residual addition and RMSNorm on a GPU, a block an output row. A thread holds up to kMostHeld times four
+// Addition of a bias and RMSNorm on a GPU, a block an output row. A thread holds up to kMostHeld times four
 // neighbouring values of the row in registers from the sum of squares to the result, so that all is read
 // once, 16 bytes at a time (8 of bfloat16). The sum goes out while the block adds up its squares; the scale
 // comes in while the kernel before may still run. Rows that are wider, or not aligned so, go value by value,
 // and their inputs are read a second time (from the L1).
 //
-// Bytes a token: 4 d for x and 2 d for bfloat16 normed: 12 KiB at d = 2048, 201 MB for 16,384 tokens, which take
-// 47 us at 4.3 TB/s. Measured on an H200: 51 us, 0.97 of a plain copy's rate (55 with 256 threads a row, 53 with 64).
+// Bytes a token: 4 d for x and 2 d for bfloat16 normed: 12 KiB at d = 2048, 201 MB for 16,384 tokens, which
+// take 47 us at 4.3 TB/s. Measured on an H200: 51 us, 0.97 of a plain copy's rate (55 with 256 threads a row,
+// 53 with 64).
 #include <algorithm>
 #include <cstdint>
 
@@ -27,7 +28,6 @@ __device__ inline float RmsFactor(float squares, int64_t width, const RmsEpsilon
   return 1.0f / (sqrtf(mean + epsilon.inside) + epsilon.after);
 }
 
-template <typename T>
 __global__ void AddRmsNormKernel(AddRmsNormArgs args) {
   LetNextBegin();
   AwaitEarlier();
@@ -36,10 +36,8 @@ __global__ void AddRmsNormKernel(AddRmsNormArgs args) {
   const int64_t d = args.width;
   const int64_t from = args.gather != nullptr ? args.gather[n] : n;
   const float* x = args.x + from * d;
-  const T* delta = args.delta != nullptr ? static_cast<const T*>(args.delta) + from * d : nullptr;
   const auto value = [&](int64_t i) {
     float sum = x[i];
-    if (delta != nullptr) sum += ToFloat(delta[i]);
     if (args.bias != nullptr) sum += args.bias[i];
     return sum;
   };
@@ -52,7 +50,7 @@ __global__ void AddRmsNormKernel(AddRmsNormArgs args) {
     }
     factor = RmsFactor(squares, d, args.epsilon, scratch);
   }
-  // A thread writes only where it alone reads, after it has read, so sum and normed may be x or delta.
+  // A thread writes only where it alone reads, after it has read, so sum or normed may be x.
   for (int64_t i = threadIdx.x; i < d; i += blockDim.x) {
     const float sum = value(i);
     if (args.sum != nullptr) args.sum[n * d + i] = sum;
@@ -67,7 +65,7 @@ __global__ void AddRmsNormKernel(AddRmsNormArgs args) {
 }
 
 // The same for aligned rows of at most kVector kHeld values a thread.
-template <typename T, int kHeld>
+template <int kHeld>
 __global__ void AddRmsNormHeldKernel(AddRmsNormArgs args) {
   LetNextBegin();
   __shared__ float scratch[32];
@@ -86,17 +84,15 @@ __global__ void AddRmsNormHeldKernel(AddRmsNormArgs args) {
   AwaitEarlier();
   const int64_t from = (args.gather != nullptr ? args.gather[n] : n) * d, to = n * d;
   for_held([&](int h, int i) { Load<kVector>(args.x + from + i, held[h]); });
-  const auto add = [&](const auto* values) {
+  if (args.bias != nullptr) {
     for_held([&](int h, int i) {
-      float more[kVector];
-      Load<kVector>(values + i, more);
+      float bias[kVector];
+      Load<kVector>(args.bias + i, bias);
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) held[h][j] += more[j];
+      for (int j = 0; j < kVector; ++j) held[h][j] += bias[j];
     });
-  };
-  if (args.delta != nullptr) add(static_cast<const T*>(args.delta) + from);
-  if (args.bias != nullptr) add(args.bias);
-  // A thread has read all that it writes over, so sum and normed may be x or delta.
+  }
+  // A thread has read all that it writes over, so sum or normed may be x.
   if (args.sum != nullptr) for_held([&](int h, int i) { Store<kVector>(held[h], args.sum + to + i); });
   if (args.normed == nullptr) return;
   if (args.scale != nullptr) {
@@ -120,34 +116,27 @@ __global__ void AddRmsNormHeldKernel(AddRmsNormArgs args) {
 }
 
 // For rows of as many vectors, which a block's threads can hold.
-template <typename T>
 auto HeldKernel(int64_t vectors, int threads) {
-  if (vectors <= threads) return AddRmsNormHeldKernel<T, 1>;
-  if (vectors <= 2 * threads) return AddRmsNormHeldKernel<T, 2>;
-  if (vectors <= 4 * threads) return AddRmsNormHeldKernel<T, 4>;
-  return AddRmsNormHeldKernel<T, kMostHeld>;
-}
-
-template <typename T>
-absl::Status Launch(const AddRmsNormArgs& args, cudaStream_t stream) {
-  LaunchShape shape{.grid = dim3(static_cast<unsigned>(args.rows)), .threads = BlockThreads(args.width)};
-  auto kernel = AddRmsNormKernel<T>;
-  if (args.width % kVector == 0 && args.width <= kVector * kMostHeld * kMostThreads &&
-      Aligned16({args.x, args.delta, args.bias, args.sum, args.scale, args.normed})) {
-    const int64_t vectors = args.width / kVector;
-    shape.threads = vectors <= 4 * kFewThreads ? std::min(BlockThreads(vectors), kFewThreads) : BlockThreads(vectors);
-    kernel = HeldKernel<T>(vectors, shape.threads);
-  }
-  return LaunchOverlapping("AddRmsNormKernel", kernel, shape, stream, args);
+  if (vectors <= threads) return AddRmsNormHeldKernel<1>;
+  if (vectors <= 2 * threads) return AddRmsNormHeldKernel<2>;
+  if (vectors <= 4 * threads) return AddRmsNormHeldKernel<4>;
+  return AddRmsNormHeldKernel<kMostHeld>;
 }
 
 }  // namespace
 
 absl::Status AddRmsNormCuda(const AddRmsNormArgs& args, void* stream) {
   if (args.rows == 0) return absl::OkStatus();
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  return args.delta_dtype == DType::kBFloat16 ? Launch<__nv_bfloat16>(args, cuda_stream)
-                                              : Launch<float>(args, cuda_stream);
+  LaunchShape shape{.grid = dim3(static_cast<unsigned>(args.rows)), .threads = BlockThreads(args.width)};
+  auto kernel = AddRmsNormKernel;
+  if (args.width % kVector == 0 && args.width <= kVector * kMostHeld * kMostThreads &&
+      Aligned16({args.x, args.bias, args.sum, args.scale, args.normed})) {
+    const int64_t vectors = args.width / kVector;
+    shape.threads =
+        vectors <= 4 * kFewThreads ? std::min(BlockThreads(vectors), kFewThreads) : BlockThreads(vectors);
+    kernel = HeldKernel(vectors, shape.threads);
+  }
+  return LaunchOverlapping("AddRmsNormKernel", kernel, shape, static_cast<cudaStream_t>(stream), args);
 }
 
 }  // namespace deltanet

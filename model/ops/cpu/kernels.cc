@@ -534,12 +534,11 @@ void ScaledSigmoid(int64_t width, float scale, const float* x, float* y) {
 
 // ---- Norm and gate.
 
-void AddRmsNorm(int64_t width, float after, float inside, const float* x, const float* delta,
-                const float* bias, float* sum, const float* scale, float* normed) {
+void AddRmsNorm(int64_t width, float after, float inside, const float* x, const float* bias,
+                float* sum, const float* scale, float* normed) {
   const auto sum_at = [&](int64_t j, int64_t lanes, auto partial) {
     constexpr bool kPartial = decltype(partial)::value;
     Vec s = LoadLanes<kPartial>(x + j, lanes);
-    if (delta != nullptr) s += LoadLanes<kPartial>(delta + j, lanes);
     if (bias != nullptr) s += LoadLanes<kPartial>(bias + j, lanes);
     return s;
   };
@@ -554,7 +553,7 @@ void AddRmsNorm(int64_t width, float after, float inside, const float* x, const 
   const float inverse = 1.0f / (rms + after);
   ForVectors(width, [&](int64_t j, int64_t lanes, auto partial) {
     constexpr bool kPartial = decltype(partial)::value;
-    // `sum` may have replaced x or delta.
+    // `sum` may have replaced x.
     const Vec s = sum != nullptr ? LoadLanes<kPartial>(sum + j, lanes) : sum_at(j, lanes, partial);
     StoreLanes<kPartial>(s * inverse * LoadLanes<kPartial>(scale + j, lanes), normed + j, lanes);
   });

@@ -81,10 +81,10 @@ struct CpuKernels {
   // True if the new state holds an infinity or NaN.
   bool (*delta_rule)(const DeltaRuleSpan& span);
   void (*qkv_activation)(const QkvSpan& span);
-  // One row: s = x (+ delta) (+ bias); `sum` = s; `normed` = s / (sqrt(mean(s^2) + inside) + after) * scale.
-  // Null pointers: not there; `sum` and `normed` may each be x or delta, but not each other.
-  void (*add_rms_norm)(int64_t width, float after, float inside, const float* x, const float* delta,
-                       const float* bias, float* sum, const float* scale, float* normed);
+  // One row: s = x (+ bias); `sum` = s; `normed` = s / (sqrt(mean(s^2) + inside) + after) * scale.
+  // Null pointers: not there; `sum` or `normed` may be x.
+  void (*add_rms_norm)(int64_t width, float after, float inside, const float* x, const float* bias,
+                       float* sum, const float* scale, float* normed);
   // One row: x [2 * width], bias likewise or null. silu_first: silu(first) * second; else first *
   // sigmoid(second).
   void (*gated_unit)(int64_t width, bool silu_first, const float* x, const float* bias, float* out);

@@ -342,26 +342,23 @@ class CudaNormTest : public CudaTest {};
 
 TEST_P(CudaNormTest, MatchesTheReferenceWithAndWithoutEachPart) {
   for (const int64_t d : kNormWidths) {
-    for (const DType normed : {DType::kFloat32, DType::kBFloat16}) {
-      for (int parts = 0; parts < 2 * NormProblem::kPartsEnd; ++parts) {
-        const bool aligned = parts >= NormProblem::kPartsEnd;
-        SCOPED_TRACE("width " + std::to_string(d) + " parts " + std::to_string(parts) +
-                     (aligned ? " aligned" : ""));
-        NormProblem problem(d, parts % NormProblem::kPartsEnd, dtype(), normed);
-        Mirror mirror(aligned);
-        AddRmsNormArgs args = problem.args;
-        args.x = mirror.Copy(problem.x);
-        if (args.gather != nullptr) args.gather = mirror.Copy(problem.gather);
-        if (args.delta != nullptr) args.delta = mirror.Copy(problem.delta, dtype());
-        if (args.bias != nullptr) args.bias = mirror.Copy(problem.bias);
-        args.scale = mirror.Copy(problem.scale);
-        if (args.sum != nullptr) args.sum = mirror.Map(&problem.sum);
-        args.normed = mirror.Map(&problem.normed, normed);
-        const absl::Status status = AddRmsNorm(args, mirror.context());
-        ASSERT_TRUE(status.ok()) << status;
-        mirror.Finish();
-        problem.Compare();
-      }
+    for (int parts = 0; parts < 2 * NormProblem::kPartsEnd; ++parts) {
+      const bool aligned = parts >= NormProblem::kPartsEnd;
+      SCOPED_TRACE("width " + std::to_string(d) + " parts " + std::to_string(parts) +
+                   (aligned ? " aligned" : ""));
+      NormProblem problem(d, parts % NormProblem::kPartsEnd, dtype());
+      Mirror mirror(aligned);
+      AddRmsNormArgs args = problem.args;
+      args.x = mirror.Copy(problem.x);
+      if (args.gather != nullptr) args.gather = mirror.Copy(problem.gather);
+      if (args.bias != nullptr) args.bias = mirror.Copy(problem.bias);
+      args.scale = mirror.Copy(problem.scale);
+      if (args.sum != nullptr) args.sum = mirror.Map(&problem.sum);
+      args.normed = mirror.Map(&problem.normed, dtype());
+      const absl::Status status = AddRmsNorm(args, mirror.context());
+      ASSERT_TRUE(status.ok()) << status;
+      mirror.Finish();
+      problem.Compare();
     }
   }
 }
@@ -369,80 +366,41 @@ TEST_P(CudaNormTest, MatchesTheReferenceWithAndWithoutEachPart) {
 TEST_P(CudaNormTest, InPlaceGivesTheSameBits) {
   constexpr int64_t kRows = 5;
   for (const int64_t d : kNormWidths) {
-    const auto filled = [&](uint32_t seed) {
-      Guarded values(kRows * d);
-      const std::vector<float> random = Rounded(RandomNormal(kRows * d, seed), dtype());
-      std::copy(random.begin(), random.end(), values.data());
-      return values;
-    };
-    const std::vector<float> bias = RandomNormal(d, 7), scale = RandomNormal(d, 8);
-    // Runs with sum and normed apart (choice 0), or in x and delta, in delta and nowhere else, and so on.
+    const std::vector<float> x = RandomNormal(kRows * d, 5), bias = RandomNormal(d, 7),
+                             scale = RandomNormal(d, 8);
+    // Runs with sum and normed apart, or the sum in x, or nothing but what is normed (in float32) there.
+    enum Place { kApart, kSumInX, kNormedInX };
     struct Result {
-      Guarded x, delta, sum, normed;
+      Guarded x, sum, normed;
     };
-    const auto run = [&](int choice, bool aligned) {
-      Result result{filled(5), filled(6), Guarded(kRows * d), Guarded(kRows * d)};
+    const auto run = [&](Place place, bool aligned) {
+      Result result{Guarded(kRows * d), Guarded(kRows * d), Guarded(kRows * d)};
+      std::copy(x.begin(), x.end(), result.x.data());
       Mirror mirror(aligned);
-      float* const x = mirror.Map(&result.x);
-      char* const delta = mirror.Map(&result.delta, dtype());
+      float* const mapped = mirror.Map(&result.x);
       AddRmsNormArgs args{.rows = kRows,
                           .width = d,
-                          .x = x,
-                          .delta_dtype = dtype(),
-                          .delta = delta,
+                          .x = mapped,
                           .bias = mirror.Copy(bias),
                           .sum = mirror.Map(&result.sum),
                           .scale = mirror.Copy(scale),
-                          .normed_dtype = dtype(),
+                          .normed_dtype = place == kNormedInX ? DType::kFloat32 : dtype(),
                           .normed = mirror.Map(&result.normed, dtype())};
-      if (choice == 1) args.sum = x, args.normed = delta;
-      if (choice == 2) args.normed = delta;
-      if (choice == 3) args.sum = x;
+      if (place == kSumInX) args.sum = mapped;
+      if (place == kNormedInX) args.sum = nullptr, args.normed = mapped;
       EXPECT_TRUE(AddRmsNorm(args, mirror.context()).ok());
       mirror.Finish();
-      EXPECT_TRUE(result.x.GuardsIntact() && result.delta.GuardsIntact() && result.sum.GuardsIntact() &&
-                  result.normed.GuardsIntact());
+      EXPECT_TRUE(result.x.GuardsIntact() && result.sum.GuardsIntact() && result.normed.GuardsIntact());
       return result;
     };
     const int64_t values = kRows * d;
     for (const bool aligned : {false, true}) {
       SCOPED_TRACE("width " + std::to_string(d) + (aligned ? " aligned" : ""));
-      Result apart = run(0, aligned), both = run(1, aligned), in_delta = run(2, aligned),
-             in_x = run(3, aligned);
-      EXPECT_TRUE(SameBits(both.x.data(), apart.sum.data(), values));
-      EXPECT_TRUE(SameBits(both.delta.data(), apart.normed.data(), values));
-      EXPECT_TRUE(SameBits(in_delta.sum.data(), apart.sum.data(), values));
-      EXPECT_TRUE(SameBits(in_delta.delta.data(), apart.normed.data(), values));
-      EXPECT_TRUE(SameBits(in_x.x.data(), apart.sum.data(), values));
-      EXPECT_TRUE(SameBits(in_x.normed.data(), apart.normed.data(), values));
+      Result apart = run(kApart, aligned), sum_in_x = run(kSumInX, aligned), normed_in_x = run(kNormedInX, aligned);
+      EXPECT_TRUE(SameBits(sum_in_x.x.data(), apart.sum.data(), values));
+      EXPECT_TRUE(SameBits(sum_in_x.normed.data(), apart.normed.data(), values));
+      EXPECT_EQ(Rounded(normed_in_x.x.Values(), dtype()), apart.normed.Values());
     }
-  }
-}
-
-// As the engine does it after a feed-forward: the norm of the sum takes the place of x.
-TEST_P(CudaNormTest, NormedInPlaceOfX) {
-  constexpr int64_t kRows = 5;
-  for (const int64_t d : kNormWidths) {
-    const std::vector<float> x = RandomNormal(kRows * d, 5), scale = RandomNormal(d, 8),
-                             delta = Rounded(RandomNormal(kRows * d, 6), dtype());
-    Guarded apart(kRows * d), in_place(kRows * d);
-    std::copy(x.begin(), x.end(), in_place.data());
-    Mirror mirror(/*aligned=*/d % 4 == 0);
-    AddRmsNormArgs args{.rows = kRows,
-                        .width = d,
-                        .x = mirror.Copy(x),
-                        .delta_dtype = dtype(),
-                        .delta = mirror.Copy(delta, dtype()),
-                        .scale = mirror.Copy(scale),
-                        .normed = mirror.Map(&apart)};
-    ASSERT_TRUE(AddRmsNorm(args, mirror.context()).ok());
-    float* const mapped = mirror.Map(&in_place);
-    args.x = mapped;
-    args.normed = mapped;
-    ASSERT_TRUE(AddRmsNorm(args, mirror.context()).ok());
-    mirror.Finish();
-    EXPECT_TRUE(SameBits(in_place.data(), apart.data(), kRows * d)) << d;
-    EXPECT_TRUE(apart.GuardsIntact() && in_place.GuardsIntact());
   }
 }
 
@@ -583,10 +541,7 @@ TEST(CudaOpsContractTest, RefuseWhatTheyCannotDo) {
   ConvQkvActivationArgs mixer{.heads = 1, .key_dim = 2, .value_dim = 3, .dtype = half, .z_stride = 8};
   EXPECT_EQ(ConvQkvActivation(none, mixer, CudaContext()).code(), refused);
   float value = 0;
-  AddRmsNormArgs norm{.rows = 0, .width = 4, .delta_dtype = half, .scale = &value, .normed = &value};
-  EXPECT_EQ(AddRmsNorm(norm, CudaContext()).code(), refused);
-  norm.delta_dtype = DType::kFloat32;
-  norm.normed_dtype = half;
+  const AddRmsNormArgs norm{.rows = 0, .width = 4, .scale = &value, .normed_dtype = half, .normed = &value};
   EXPECT_EQ(AddRmsNorm(norm, CudaContext()).code(), refused);
   EXPECT_EQ(GatedUnit({.rows = 0, .width = 1, .dtype = half}, CudaContext()).code(), refused);
   EXPECT_EQ(Embed(none, {.width = 0}, CudaContext()).code(), refused);

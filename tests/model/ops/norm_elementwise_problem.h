@@ -34,27 +34,24 @@ std::vector<T> RmsNormReference(const std::vector<T>& x, int64_t rows, int64_t w
   return normed;
 }
 
-// Seven rows of `width`; bits of `parts`: 1 gathered, 2 with delta, 4 with bias, 8 sum wanted, 16 the epsilon
-// inside (and large enough to be seen).
+// Seven rows of `width`; bits of `parts`: 1 gathered, 2 with bias, 4 sum wanted, 8 the epsilon inside
+// (and large enough to be seen).
 struct NormProblem {
   static constexpr int64_t kRows = 7, kSourceRows = 9;
-  static constexpr int kPartsEnd = 32;
+  static constexpr int kPartsEnd = 16;
 
-  NormProblem(int64_t width, int parts, DType delta_dtype = DType::kFloat32,
-              DType normed_dtype = DType::kFloat32)
+  NormProblem(int64_t width, int parts, DType normed_dtype = DType::kFloat32)
       : width(width),
         x(RandomNormal(kSourceRows * width, 1)),
-        delta(Rounded(RandomNormal(kSourceRows * width, 2), delta_dtype)),
         bias(RandomNormal(width, 3)),
         scale(RandomNormal(width, 4)),
         sum(kRows * width),
         normed(kRows * width) {
-    args = {.rows = kRows, .width = width, .x = x.data(), .delta_dtype = delta_dtype, .scale = scale.data()};
+    args = {.rows = kRows, .width = width, .x = x.data(), .scale = scale.data()};
     if (parts & 1) args.gather = gather.data();
-    if (parts & 2) args.delta = delta.data();
-    if (parts & 4) args.bias = bias.data();
-    if (parts & 8) args.sum = sum.data();
-    if (parts & 16) args.epsilon = {.after = 0.0f, .inside = 0.125f};
+    if (parts & 2) args.bias = bias.data();
+    if (parts & 4) args.sum = sum.data();
+    if (parts & 8) args.epsilon = {.after = 0.0f, .inside = 0.125f};
     args.normed_dtype = normed_dtype;
     args.normed = normed.data();
   }
@@ -68,7 +65,6 @@ struct NormProblem {
         const int64_t from = (args.gather != nullptr ? gather[n] : n) * width + j, to = n * width + j;
         exact[to] = x[from];
         plain[to] = x[from];
-        if (args.delta != nullptr) exact[to] += delta[from], plain[to] += delta[from];
         if (args.bias != nullptr) exact[to] += bias[j], plain[to] += bias[j];
       }
     }
@@ -83,7 +79,7 @@ struct NormProblem {
   }
 
   const int64_t width;
-  const std::vector<float> x, delta, bias, scale;
+  const std::vector<float> x, bias, scale;
   const std::vector<int32_t> gather = {8, 0, 3, 3, 7, 1, 2};
   Guarded sum, normed;
   AddRmsNormArgs args;  // Points to the above.
