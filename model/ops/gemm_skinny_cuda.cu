@@ -35,7 +35,8 @@
 // second line is nothing else) and 6 with 64, of which the ring covers some 2. With a barrier that waits for
 // the device's memory too, before the sums are added up, each took 0.3 to 1 us more. Tried and no gain: one
 // block a multiprocessor, so that the next kernel's fits beside; tokens copied to two or four blocks of a
-// cluster at once; what the next kernel's ring does not hold brought into the L2 meanwhile (2 to 4 us a layer
+// cluster at once; sums copied in bulk to the block that adds them up; a stage freed as soon as its own products
+// are done; what the next kernel's ring does not hold brought into the L2 meanwhile (2 to 4 us a layer
 // worse for 10 to 20 MB); blocks of 128 or 192 rows, never more than there are multiprocessors, so that all of the
 // next kernel's fit beside (4 % worse at 64 tokens); clusters of at most four; one kernel for the four, whose ring
 // runs on over barriers of the whole grid (51 us with one token, 68 with 64).
