@@ -35,11 +35,11 @@
 // second line is nothing else) and 6 with 64, of which the ring covers some 2. With a barrier that waits for
 // the device's memory too, before the sums are added up, each took 0.3 to 1 us more. Tried and no gain: one
 // block a multiprocessor, so that the next kernel's fits beside; tokens copied to two or four blocks of a
-// cluster at once; sums copied in bulk to the block that adds them up; a stage freed as soon as its own products
-// are done; what the next kernel's ring does not hold brought into the L2 meanwhile (2 to 4 us a layer
-// worse for 10 to 20 MB); blocks of 128 or 192 rows, never more than there are multiprocessors, so that all of the
-// next kernel's fit beside (4 % worse at 64 tokens); clusters of at most four; one kernel for the four, whose ring
-// runs on over barriers of the whole grid (51 us with one token, 68 with 64).
+// cluster at once; sums copied in bulk to the block that adds them up; what the next kernel's ring does not hold
+// brought into the L2 meanwhile (2 to 4 us a layer worse for 10 to 20 MB); blocks of 128 or 192 rows, never more
+// than there are multiprocessors, so that all of the next kernel's fit beside (4 % worse at 64 tokens); clusters
+// of at most four; one kernel for the four, whose ring runs on over barriers of the whole grid (51 us with one
+// token, 68 with 64).
 #include <algorithm>
 #include <cstdint>
 
@@ -88,7 +88,7 @@ struct Layout {
   static constexpr int kRowsBytes = kRows * kStep * 2, kTokensBytes = kTokens * kStep * 2;
   static constexpr int kStageBytes = kRowsBytes + kTokensBytes;
   static constexpr int kStages = (112 * 1024 - 4 * kTokens - 256) / kStageBytes;
-  static constexpr int kAtFirst = 2, kOnTheirWay = kTokens <= 32 ? 3 : 2;  // Steps of b, at most.
+  static constexpr int kAtFirst = 2, kOnTheirWay = 3;  // Steps of b, at most.
   static constexpr int kFactors = kStages * kStageBytes;                           // [kTokens] Floats.
   static constexpr int kBarriers = kFactors + 4 * kTokens;
   static constexpr int kBytes = kBarriers + 24 * kStages;
@@ -179,10 +179,9 @@ __device__ inline void Multiply(uint32_t base, float* sums_of_block, int group, 
       AsyncProductShared<kTokens>(sums, Further(rows, 32 * i), Further(tokens, 32 * i), step > 0 || i > 0);
     }
     AsyncProductsEnd();
-    AsyncProductsWait<1>();
-    if (step > 0 && lane == 0) BarrierArrive(L::Free(base, (step - 1) % L::kStages));
+    AsyncProductsWait<0>();
+    if (lane == 0) BarrierArrive(L::Free(base, slot));
   }
-  AsyncProductsWait<0>();
   Pin(sums);
   NamedBarrier(1, 128 * kConsumers);  // The other warpgroup still reads the ring.
   const int row = 64 * group + thread / 32 * 16 + lane / 4;
