@@ -134,6 +134,25 @@ __device__ inline void CopyBox(uint32_t to, const CUtensorMap* map, int x, int y
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier)
       : "memory");
 }
+// A copy by one thread of `bytes` from global to shared memory, which a barrier counts, and the way back; both
+// ends and `bytes` are multiples of 16.
+__device__ inline void CopyBulk(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+__device__ inline void CopyBulkBack(void* to, uint32_t from, int bytes) {
+  asm volatile(
+      "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
+      "cp.async.bulk.commit_group;" ::"l"(__cvta_generic_to_global(to)),
+      "r"(from), "r"(bytes)
+      : "memory");
+}
+// Waits until what this thread copies back has been read: shared memory may then go.
+__device__ inline void CopyBulkBackWait() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
 // Brings the map itself nearer.
 __device__ inline void PrefetchMap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");

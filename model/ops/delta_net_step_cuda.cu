@@ -6,12 +6,15 @@
 //
 // with S as it is before the token, so that one walk over it gives both S^T k and S^T q.
 //
-// Tiling: a block is one head of one row: 2 D threads (D = K = V), which hold S in registers. Thread t has
-// columns 4 (t % (D/4)) to +3 of the state rows g, g + 8, ..., where g = t / (D/4) is one of eight groups: a
-// group reads and writes whole rows of S, 4 D bytes. For the front, thread t has channel t of q and k
-// (q: t < D), and of v, with the last three inputs of each. A token takes two barriers: what the front made
-// is in shared memory after the first (q and k before their norm, with their warps' sums), the groups' sums
-// over S after the second. The first group alone makes o, whose norm is then a matter of its lanes.
+// Tiling: a block is one head of one row: 2 D threads (D = K = V). S comes into shared memory by one bulk
+// copy, asked for as soon as the row is known, then goes to registers, where it stays for all tokens of the
+// row, and back by the way it came, a part of the rows as soon as its two warps (D = 64: one) have it. A
+// thread has four columns and D / 8 neighbouring rows: half a warp has 64 columns, the other half the next
+// rows of the same. For the front, a quarter of the threads each has q, k, v, two neighbouring channels a
+// thread, and what the output is multiplied with, the norm's scale and the gate. A token takes two barriers:
+// what the front made is in shared memory after the first (q and k before their norm, which is made up for in
+// what is summed over them, with their warps' sums), the warps' sums over S after the second. The first D / 4
+// threads make o, whose norm is then a matter of their lanes; the last token's when S is on its way already.
 //
 // Bytes a row and head: 8 D^2 for S, 18 D + 18 D for the tails (bfloat16); a token: 2 (3 D + 1) of z, D of
 // the gate, D out, twice as much in float32. D = 128: 128 KiB + 4.5 KiB + 1 KiB a token. 16 heads and 64,
@@ -21,16 +24,33 @@
 // and S, is asked for before it waits for that one, which makes z, and S not waited for until the first
 // barrier; with D = 128 two blocks fit a multiprocessor (128 registers a thread), 128 KiB on their way.
 //
+// What else counts is that a block waits for all at once: under load a way to the memory and back takes 2 us
+// or more, a hit in the L2 not much less. So what is known of the row is one condition, the tails stay as
+// they lie in memory until z has been asked for, and nothing is left to be asked for at the end. Neither may
+// registers spill: what is reloaded queues behind S.
+//
 // Measured (27 November 2026, one H200, 16 heads of 128, a token of 1, 16, 64, 256, 1024 sessions, us, a
-// graph of one call): 8, 12, 44, 163, 629 with tails in float32, 141 KiB a head; a plain copy of the same
-// states from slot to slot 5, 9, 39, 145, 569, and of all its forms that were tried (units of 4 to 64 KiB,
-// through registers or in bulk, 8 to 26 MB on their way) none took less than 37.5, 137 and 532. ncu, tails in
-// bfloat16, 256 and 1024 sessions: 160 and 619 us at 69 and 74 % of the memory's peak, the copy 133 and 540 us
-// at 80 and 82 %. In turn with this: S in shared memory, three blocks a multiprocessor, 51, 163, 607; a block
-// for many heads, the next one's S on its way to shared memory, 50, 172, 656.
+// graph of one call, delta_rule_cuda_bench): 8, 13, 43, 146, 561; 64 rows of 8 and 16 tokens 97, 153. A plain
+// copy of the same states, without the tails, 6, 9, 39, 141, 546; with loads by each thread, scale and gate
+// read at the end, this kernel took 9, 14, 48, 163, 625 and 125, 208. ncu, 64, 256, 1024 sessions: 39, 144,
+// 555 us at 60, 77, 83 % of the memory's peak, the copy 34, 134, 540 us at 66, 79, 82 %. Of the copies that
+// were tried, those with 48 to 64 KiB a multiprocessor on their way, in units of 8 to 16 KiB, are the best
+// (38, 135, 525 us), and more on its way costs: 192 KiB 570 us at 1024 sessions; so do loads that are evicted
+// first beside stores that are not (570), and slots side by side (541, 527 with those read in one half of the
+// pool). With the tails copied too, 42, 145, 561.
+//
+// No gain, 64, 256, 1024 sessions, where this took 43, 145, 560 (each call on other sessions): stores from
+// registers (43, 146, 560); three blocks a multiprocessor, S read from shared memory twice (43, 147, 566,
+// several tokens slower by a tenth), and then S asked for after the front (42, 147, 563), or S and tails
+// evicted first (43, 152, 595). With loads by each thread and some registers spilled: half a head or a
+// quarter a block, in a cluster that sums up the norm (53, 188, 768 and more); the S of the blocks to come
+// brought into the L2 (51, 174, 673). With half of S, a quarter or nothing of it asked for before z, a step
+// of the 1.3B model took 0.01 to 0.02 ms more with one session; a half or a quarter took 0.005 ms less with
+// 16, and as much with 64.
 #include <cstdint>
 
 #include "model/ops/cuda_kernels.h"
+#include "model/ops/cuda_sm90.cuh"
 #include "model/ops/cuda_util.cuh"
 #include "model/ops/cuda_vector.cuh"
 #include "model/ops/delta_rule_cuda.h"
@@ -39,217 +59,335 @@
 namespace deltanet {
 namespace {
 
-constexpr int kGroups = 8;
 constexpr int kTaps = 4;
 
-// One channel of q, k or v: its convolution, and the inputs that it remembers.
+// Whether S goes between the memories by bulk copies; else each thread copies its own part.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr bool kInBulk = true;
+#else
+constexpr bool kInBulk = false;
+#endif
+
+// Two neighbouring channels of q, k or v: their convolution, and the inputs that they remember.
 template <typename T>
-class Channel {
+class Channels {
  public:
-  // From `token` on; `base_slot` is not looked at if `fresh`.
-  __device__ Channel(const ShortConvQkvArgs& args, int64_t token, bool fresh, int32_t base_slot,
-                     int64_t channel)
-      : z_(static_cast<const T*>(args.z) + token * args.z_stride + channel), stride_(args.z_stride) {
-    const int64_t width = QkvWidth(args);
-    const T* const tail = TailOf<T>(args, base_slot) + channel;
+  using Pair = Packed<T, 2>;
+
+  // Asks for what `slot` remembers. Of a fresh row nothing is asked for: ForgetAll has to come before Next,
+  // but behind all that is asked for besides, since it may wait for what was.
+  __device__ Channels(const ShortConvQkvArgs& args, bool fresh, int32_t slot, int channel) {
+    if (fresh) return;
+    const int width = static_cast<int>(QkvWidth(args));
+    const T* const tail = TailOf<T>(args, slot) + channel;
 #pragma unroll
-    for (int j = 0; j < kTaps - 1; ++j) before_[j] = fresh ? 0.0f : ToFloat(tail[j * width]);
+    for (int j = 0; j < kTaps - 1; ++j) before_[j] = LoadPacked<2>(tail + j * width);
+  }
+  __device__ void ForgetAll() {
 #pragma unroll
-    for (int j = 0; j < kTaps; ++j) weight_[j] = args.weight[j * width + channel];
-    bias_ = args.bias != nullptr ? args.bias[channel] : 0.0f;
+    for (int j = 0; j < kTaps - 1; ++j) before_[j] = {};
   }
 
-  // Reads ahead: a token's input is asked for before the token before it is worked on.
-  __device__ void Fetch() {
-    next_ = *z_;
-    z_ += stride_;
-  }
-  // The convolution at the token that was fetched last.
-  __device__ float Next() {
-    const float x = ToFloat(next_);
-    float y = bias_;
+  // Reads ahead: both are called a token before Next works on it.
+  __device__ void FetchWeights(const ShortConvQkvArgs& args, int channel) {
+    const int width = static_cast<int>(QkvWidth(args));
 #pragma unroll
-    for (int j = 0; j < kTaps - 1; ++j) y = fmaf(weight_[j], before_[j], y);
-    y = fmaf(weight_[kTaps - 1], x, y);
+    for (int j = 0; j < kTaps; ++j)
+      weight_[j] = *reinterpret_cast<const float2*>(args.weight + j * width + channel);
+    bias_ = args.bias != nullptr ? *reinterpret_cast<const float2*>(args.bias + channel) : make_float2(0, 0);
+  }
+  __device__ void Fetch(const T* z) { next_ = LoadPacked<2>(z); }
+  // The convolution at the token that was fetched.
+  __device__ void Next(float (&y)[2]) {
+    y[0] = bias_.x, y[1] = bias_.y;
+#pragma unroll
+    for (int j = 0; j < kTaps; ++j) {
+      float x[2];
+      Unpack(j + 1 < kTaps ? before_[j] : next_, x);
+      y[0] = fmaf(weight_[j].x, x[0], y[0]);
+      y[1] = fmaf(weight_[j].y, x[1], y[1]);
+    }
 #pragma unroll
     for (int j = 0; j + 1 < kTaps - 1; ++j) before_[j] = before_[j + 1];
-    before_[kTaps - 2] = x;
-    return y;
+    before_[kTaps - 2] = next_;
   }
-  __device__ void StoreTail(const ShortConvQkvArgs& args, int32_t work_slot, int64_t channel) const {
-    const int64_t width = QkvWidth(args);
+  __device__ void StoreTail(const ShortConvQkvArgs& args, int32_t work_slot, int channel) const {
+    const int width = static_cast<int>(QkvWidth(args));
     T* const tail = TailOf<T>(args, work_slot) + channel;
 #pragma unroll
-    for (int j = 0; j < kTaps - 1; ++j) tail[j * width] = FromFloat<T>(before_[j]);
+    for (int j = 0; j < kTaps - 1; ++j) *reinterpret_cast<Pair*>(tail + j * width) = before_[j];
   }
 
  private:
-  const T* z_;
-  const int64_t stride_;
-  float before_[kTaps - 1];
-  float weight_[kTaps];
-  float bias_;
-  T next_;
+  Pair before_[kTaps - 1];  // As they lie in memory: to convert one is to wait for it.
+  Pair next_;
+  float2 weight_[kTaps];
+  float2 bias_;
 };
 
-template <typename T, int kDim>
-__global__ void __launch_bounds__(2 * kDim, kDim == 128 ? 2 : 6)
-    DeltaNetStepKernel(RaggedRows rows, DeltaNetMixerArgs args) {
-  constexpr int kLanes = kDim / 4;       // Of a group.
-  constexpr int kRows = kDim / kGroups;  // Of S, that a thread holds.
-  constexpr int kNormWarps = kDim / 32;  // That hold q, and k.
-  struct Token {
-    float q[kDim], k[kDim], v[kDim];
-    float sums[2 * kNormWarps];  // Of q's warps, then of k's.
+template <int kDim>
+struct Shared {
+  static constexpr int kWarps = 2 * kDim / 32;
+  static constexpr int kHalves = kDim / 64;        // Of a row of S: a warp has 64 columns.
+  static constexpr int kParts = kWarps / kHalves;  // Of the rows of S.
+  static constexpr int kPartRows = kDim / kParts;  // Two threads' in a column.
+  struct alignas(16) Token {
+    float q[kDim], k[kDim];  // Before their norm.
+    float v[kDim];
+    float factor[kDim];      // Of the output: the norm's scale and the gate.
+    float sums[kWarps / 2];  // Of q's warps, then of k's, for their norm.
   };
-  // A token's own, by turns: the threads that are ahead write the next one's.
-  __shared__ Token tokens[2];
-  // The groups' sums.
-  __shared__ float4 remembered[kGroups][kLanes];  // S^T k
-  __shared__ float4 answered[kGroups][kLanes];    // S^T q
-  __shared__ float products[kGroups];             // q k
+
+  float4 s[kDim * kDim / 4];
+  Token tokens[2];                      // By turns: the threads that are ahead write the next one's.
+  float4 remembered[kParts][kDim / 4];  // S^T k
+  float4 answered[kParts][kDim / 4];    // S^T q
+  float products[kParts];               // q k
+  uint64_t there;                       // A barrier: S has come.
+};
+
+__device__ inline float4 PlusTimes(const float4& x, float a, const float4& b) {
+  return make_float4(fmaf(a, b.x, x.x), fmaf(a, b.y, x.y), fmaf(a, b.z, x.z), fmaf(a, b.w, x.w));
+}
+__device__ inline float4 Times(float a, const float4& x) {
+  return make_float4(a * x.x, a * x.y, a * x.z, a * x.w);
+}
+template <int kCount>
+__device__ inline float4 Sum(const float4* x, int stride) {
+  float4 sum = x[0];
+#pragma unroll
+  for (int i = 1; i < kCount; ++i) sum = PlusTimes(sum, 1.0f, x[i * stride]);
+  return sum;
+}
+// Of this lane and the one 16 from it.
+__device__ inline float OfBoth(float x) { return x + __shfl_xor_sync(0xffffffffu, x, 16); }
+__device__ inline float4 OfBoth(const float4& x) {
+  return make_float4(OfBoth(x.x), OfBoth(x.y), OfBoth(x.z), OfBoth(x.w));
+}
+__device__ inline float At(const float4& x, int i) {
+  return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
+}
+// Zero, or NaN if one of these or `before` is not finite.
+__device__ inline float Zeros(const float4& x, float before) {
+  return fmaf(x.x, 0.0f, fmaf(x.y, 0.0f, fmaf(x.z, 0.0f, fmaf(x.w, 0.0f, before))));
+}
+
+template <typename T, int kDim>
+__global__ void __launch_bounds__(2 * kDim, kDim == 128 ? 2 : 5)
+    DeltaNetStepKernel(RaggedRows rows, DeltaNetMixerArgs args) {
+  using L = Shared<kDim>;
+  constexpr int kNormWarps = kDim / 64;    // That hold q, and k.
+  constexpr int kRows = L::kPartRows / 2;  // Of S, that a thread works on,
+  constexpr int kPitch = kDim / 4;         // each so many float4.
+  L& shared = *reinterpret_cast<L*>(DynamicSharedMemory());
 
   LetNextBegin();
   const ShortConvQkvArgs& conv = args.conv;
+  const OutputNormArgs& norm = args.norm;
   const int heads = static_cast<int>(conv.heads);
   const int row = blockIdx.x / heads, head = blockIdx.x % heads;
-  // Together, for each is a way to the memory and back.
   const int32_t begin = rows.offsets[row], end = rows.offsets[row + 1];
   const int32_t base_slot = rows.base_slot[row], work_slot = rows.work_slot[row];
   const bool fresh = rows.fresh[row] != 0;
   const int count = end - begin;
-  if (count > kDeltaRuleFewTokens || work_slot < 0) return;
-  const int thread = threadIdx.x, lane = thread % kLanes, group = thread / kLanes;
+  // All in one condition, or they are not asked for together.
+  if ((count > kDeltaRuleFewTokens) | (work_slot < 0) | ((base_slot < 0) & !fresh)) return;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int part = warp / L::kHalves, column = warp % L::kHalves * 16 + lane % 16;
+  const int first_row = (2 * part + lane / 16) * kRows;
+  float4* const place = shared.s + first_row * kPitch + column;  // Of the thread's part of S.
+  const auto state_at = [&](int32_t slot) {
+    return args.rule.state.at(slot) + int64_t{head} * (kDim * kDim);
+  };
+  const int in_state = first_row * kDim + 4 * column;
 
-  // The front's own reads first: they are waited for first.
-  const int64_t first = int64_t{head} * kDim, third = int64_t{heads} * kDim;
-  const int64_t qk_channel = (thread < kDim ? 0 : third - kDim) + first + thread;
-  const int64_t v_channel = 2 * third + first + thread;
-  const bool has_v = thread < kDim;
-  Channel<T> qk(conv, begin, fresh, base_slot, qk_channel);
-  Channel<T> v(conv, begin, fresh, base_slot, has_v ? v_channel : qk_channel);
-
+  const uint32_t there = SharedAddress(&shared.there);
+  if constexpr (kInBulk) {
+    if (thread == 0 && !fresh) {
+      BarrierInit(there, 1);
+      BarrierInitFence();
+      BarrierArriveExpecting(there, sizeof(shared.s));
+      CopyBulk(SharedAddress(shared.s), state_at(base_slot), sizeof(shared.s), there);
+    }
+  }
+  const int first = head * kDim, third = heads * kDim;
+  // A quarter of the threads each: q, k, v, and the factors of the output.
+  const int quarter = thread / (kDim / 2), in_head = thread % (kDim / 2) * 2;
+  const bool has_channels = quarter < 3;
+  const int channel = (has_channels ? quarter : 0) * third + first + in_head;
+  Channels<T> channels(conv, fresh, base_slot, channel);
+  channels.FetchWeights(conv, channel);
+  float2 scale = make_float2(0, 0);
+  if (!has_channels) scale = make_float2(norm.scale[in_head], norm.scale[in_head + 1]);
   float4 s[kRows];
-  const int64_t in_slot = int64_t{head} * (kDim * kDim) + group * kDim + 4 * lane;
-  if (fresh) {
+  if (fresh || !kInBulk) {
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) s[i] = make_float4(0, 0, 0, 0);
-  } else {
-    const float* const from = args.rule.state.at(base_slot) + in_slot;
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) s[i] = __ldcs(reinterpret_cast<const float4*>(from + i * kGroups * kDim));
+    for (int i = 0; i < kRows; ++i) {
+      s[i] = fresh ? make_float4(0, 0, 0, 0)
+                   : *reinterpret_cast<const float4*>(state_at(base_slot) + in_state + i * kDim);
+    }
   }
+  const auto await_state = [&] {
+    if constexpr (kInBulk) {
+      if (fresh) return;
+      BarrierWait(there, 0);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) s[i] = place[i * kPitch];
+    }
+  };
+
   AwaitEarlier();
-  if (count > 0) {
-    qk.Fetch();
-    v.Fetch();
-  }
+  T next_beta{}, next_gate[2] = {};
+  const auto fetch = [&](int t) {
+    const T* const z = static_cast<const T*>(conv.z) + (begin + t) * conv.z_stride;
+    if (has_channels) {
+      channels.Fetch(z + channel);
+    } else if (norm.gate != nullptr) {
+      const T* const gate =
+          static_cast<const T*>(norm.gate) + (begin + t) * norm.gate_stride + first + in_head;
+      next_gate[0] = gate[0];
+      next_gate[1] = gate[1];
+    }
+    if (conv.has_beta) next_beta = z[3 * third + head];
+  };
+  if (count > 0) fetch(0);
+  if (fresh) channels.ForgetAll();
+  const auto store_tails = [&] {
+    if (has_channels) channels.StoreTail(conv, work_slot, channel);
+  };
+
+  // The warps of a part store it together.
+  constexpr int kPartThreads = 32 * L::kHalves;
+  const bool stores_part = thread % kPartThreads == 0;
+  const auto store_state = [&] {
+    float zeros = 0;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) zeros = Zeros(s[i], zeros);
+    if (zeros != 0.0f) args.rule.nonfinite[row] = 1;  // NaN.
+    float* const to = state_at(work_slot);
+    if constexpr (kInBulk) {
+      constexpr int kFloats = L::kPartRows * kDim;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) place[i * kPitch] = s[i];
+      FenceAsyncProxy();
+      NamedBarrier(1 + part, kPartThreads);
+      if (stores_part)
+        CopyBulkBack(to + part * kFloats, SharedAddress(shared.s) + part * kFloats * 4, kFloats * 4);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) *reinterpret_cast<float4*>(to + in_state + i * kDim) = s[i];
+    }
+  };
 
   const bool l2 = conv.norm == QkNorm::kL2;
-  const T* const z = static_cast<const T*>(conv.z) + begin * conv.z_stride;
   for (int t = 0; t < count; ++t) {
-    Token& token = tokens[t % 2];
-    const float y = Activated<T>(conv.activation, qk.Next());
-    *(thread < kDim ? &token.q[thread] : &token.k[thread - kDim]) = y;
-    const float sum = WarpSum(l2 ? y * y : y);
-    if (thread % 32 == 0) token.sums[thread / 32] = sum;
-    if (has_v) token.v[thread] = Activated<T>(QkActivation::kSilu, v.Next());
-    float beta = conv.beta_scale;
-    if (conv.has_beta) beta *= Sigmoid(ToFloat(z[t * conv.z_stride + 3 * third + head]));
+    typename L::Token& token = shared.tokens[t % 2];
+    if (has_channels) {
+      float y[2];
+      channels.Next(y);
+      const QkActivation activation = quarter < 2 ? conv.activation : QkActivation::kSilu;
+      y[0] = Activated<T>(activation, y[0]), y[1] = Activated<T>(activation, y[1]);
+      float* const to = quarter == 0 ? token.q : quarter == 1 ? token.k : token.v;
+      *reinterpret_cast<float2*>(to + in_head) = make_float2(y[0], y[1]);
+      if (quarter < 2) {
+        const float sum = WarpSum(l2 ? fmaf(y[0], y[0], y[1] * y[1]) : y[0] + y[1]);
+        if (lane == 0) token.sums[warp] = sum;
+      }
+    } else {
+      float2 factor = scale;
+      if (norm.gate != nullptr) {
+        const float gate[2] = {ToFloat(next_gate[0]), ToFloat(next_gate[1])};
+        factor.x *= gate[0] * Sigmoid(gate[0]);
+        factor.y *= gate[1] * Sigmoid(gate[1]);
+      }
+      *reinterpret_cast<float2*>(token.factor + in_head) = factor;
+    }
+    const float beta = conv.beta_scale * (conv.has_beta ? Sigmoid(ToFloat(next_beta)) : 1.0f);
     if (t + 1 < count) {
-      qk.Fetch();
-      v.Fetch();
+      fetch(t + 1);
+    } else {
+      store_tails();
     }
     __syncthreads();
 
+    if (t == 0) await_state();
+    float4 from_k = make_float4(0, 0, 0, 0), from_q = from_k;
+    float product = 0;
+    const float4* const k = reinterpret_cast<const float4*>(token.k + first_row);
+    const float4* const q = reinterpret_cast<const float4*>(token.q + first_row);
+#pragma unroll
+    for (int i = 0; i < kRows; i += 4) {
+      const float4 k4 = k[i / 4], q4 = q[i / 4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        from_k = PlusTimes(from_k, At(k4, j), s[i + j]);
+        from_q = PlusTimes(from_q, At(q4, j), s[i + j]);
+        product = fmaf(At(q4, j), At(k4, j), product);
+      }
+    }
+    from_k = OfBoth(from_k);
+    from_q = OfBoth(from_q);
+    product = OfBoth(product);
+    (lane < 16 ? shared.remembered : shared.answered)[part][column] = lane < 16 ? from_k : from_q;
+    if (lane == 0 && warp % L::kHalves == 0) shared.products[part] = product;
     float q_sum = 0, k_sum = 0;
 #pragma unroll
     for (int w = 0; w < kNormWarps; ++w) {
       q_sum += token.sums[w];
       k_sum += token.sums[kNormWarps + w];
     }
-    const auto normed = [l2](float x, float sum, float inverse) { return l2 ? x * inverse : x / sum; };
-    const float q_inverse = 1.0f / sqrtf(q_sum + 1e-6f), k_inverse = 1.0f / sqrtf(k_sum + 1e-6f);
-    float4 from_k = make_float4(0, 0, 0, 0), from_q = from_k;
-    float product = 0;
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const float k_i = normed(token.k[group + i * kGroups], k_sum, k_inverse);
-      const float q_i = normed(token.q[group + i * kGroups], q_sum, q_inverse);
-      product = fmaf(q_i, k_i, product);
-      from_k.x = fmaf(s[i].x, k_i, from_k.x), from_q.x = fmaf(s[i].x, q_i, from_q.x);
-      from_k.y = fmaf(s[i].y, k_i, from_k.y), from_q.y = fmaf(s[i].y, q_i, from_q.y);
-      from_k.z = fmaf(s[i].z, k_i, from_k.z), from_q.z = fmaf(s[i].z, q_i, from_q.z);
-      from_k.w = fmaf(s[i].w, k_i, from_k.w), from_q.w = fmaf(s[i].w, q_i, from_q.w);
-    }
-    remembered[group][lane] = from_k;
-    answered[group][lane] = from_q;
-    if (lane == 0) products[group] = product;
+    // q and k are linear in all that follows, so that their norm can be made up for afterwards.
+    const float q_factor = 1.0f / (l2 ? sqrtf(q_sum + 1e-6f) : q_sum);
+    const float k_factor = 1.0f / (l2 ? sqrtf(k_sum + 1e-6f) : k_sum);
     __syncthreads();
 
-    float u[4] = {0, 0, 0, 0};
+    // u of four columns.
+    const auto wrong = [&](int column) {
+      const float4 sum = Sum<L::kParts>(&shared.remembered[0][column], kPitch);
+      return Times(beta, PlusTimes(reinterpret_cast<const float4*>(token.v)[column], -k_factor, sum));
+    };
+    const float4 change = Times(k_factor, wrong(column));
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      const float4 part = remembered[g][lane];
-      u[0] += part.x, u[1] += part.y, u[2] += part.z, u[3] += part.w;
+    for (int i = 0; i < kRows; i += 4) {
+      const float4 k4 = k[i / 4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) s[i + j] = PlusTimes(s[i + j], At(k4, j), change);
     }
-#pragma unroll
-    for (int e = 0; e < 4; ++e) u[e] = beta * (token.v[4 * lane + e] - u[e]);
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const float k_i = normed(token.k[group + i * kGroups], k_sum, k_inverse);
-      s[i].x = fmaf(k_i, u[0], s[i].x);
-      s[i].y = fmaf(k_i, u[1], s[i].y);
-      s[i].z = fmaf(k_i, u[2], s[i].z);
-      s[i].w = fmaf(k_i, u[3], s[i].w);
+    if (t + 1 < count) {
+      channels.FetchWeights(conv, channel);
+    } else {
+      store_state();
     }
-    if (group != 0) continue;
+    if (thread >= kPitch) continue;
 
-    float o[4] = {0, 0, 0, 0}, q_k = 0;
+    float q_k = 0;
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      const float4 part = answered[g][lane];
-      o[0] += part.x, o[1] += part.y, o[2] += part.z, o[3] += part.w;
-      q_k += products[g];
-    }
-    float squares = 0;
+    for (int p = 0; p < L::kParts; ++p) q_k += shared.products[p];
+    const float4 answer = Sum<L::kParts>(&shared.answered[0][thread], kPitch);
+    const float4 o = Times(args.rule.scale * q_factor, PlusTimes(answer, k_factor * q_k, wrong(thread)));
+    float squares = fmaf(o.x, o.x, fmaf(o.y, o.y, fmaf(o.z, o.z, o.w * o.w)));
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      o[e] = args.rule.scale * fmaf(q_k, u[e], o[e]);
-      squares = fmaf(o[e], o[e], squares);
+    for (int offset = kPitch / 2; offset > 0; offset /= 2) {
+      squares += __shfl_xor_sync(kPitch == 32 ? 0xffffffffu : (1u << (kPitch % 32)) - 1, squares, offset);
     }
-#pragma unroll
-    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-      squares += __shfl_xor_sync(kLanes == 32 ? 0xffffffffu : (1u << (kLanes % 32)) - 1, squares, offset);
-    }
-    const OutputNormArgs& norm = args.norm;
     const float factor = 1.0f / (sqrtf(squares / kDim + norm.epsilon.inside) + norm.epsilon.after);
-    const int64_t column = first + 4 * lane;
-    T* const out = static_cast<T*>(norm.out) + (begin + t) * third + column;
-    const T* const gate = norm.gate == nullptr
-                              ? nullptr
-                              : static_cast<const T*>(norm.gate) + (begin + t) * norm.gate_stride + column;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      float x = o[e] * factor * norm.scale[4 * lane + e];
-      if (gate != nullptr) {
-        const float g = ToFloat(gate[e]);
-        x *= g * Sigmoid(g);
-      }
-      out[e] = FromFloat<T>(x);
-    }
+    const float4 scaled = Times(factor, o), factors = reinterpret_cast<const float4*>(token.factor)[thread];
+    T* const out = static_cast<T*>(norm.out) + int64_t{begin + t} * third + first + 4 * thread;
+    out[0] = FromFloat<T>(scaled.x * factors.x);
+    out[1] = FromFloat<T>(scaled.y * factors.y);
+    out[2] = FromFloat<T>(scaled.z * factors.z);
+    out[3] = FromFloat<T>(scaled.w * factors.w);
   }
 
-  qk.StoreTail(conv, work_slot, qk_channel);
-  if (has_v) v.StoreTail(conv, work_slot, v_channel);
-  float* const to = args.rule.state.at(work_slot) + in_slot;
-  bool finite = true;
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    finite &= isfinite(s[i].x) && isfinite(s[i].y) && isfinite(s[i].z) && isfinite(s[i].w);
-    __stcs(reinterpret_cast<float4*>(to + i * kGroups * kDim), s[i]);
+  if (count == 0) {
+    store_tails();
+    __syncthreads();  // The barrier is there.
+    await_state();
+    store_state();
   }
-  if (!finite) args.rule.nonfinite[row] = 1;
+  if constexpr (kInBulk) {
+    if (stores_part) CopyBulkBackWait();
+  }
 }
 
 bool Aligned(const SlotView& slots) {
@@ -258,9 +396,15 @@ bool Aligned(const SlotView& slots) {
 
 template <typename T, int kDim>
 absl::Status Launch(const RaggedRows& rows, const DeltaNetMixerArgs& args, cudaStream_t stream) {
+  const auto kernel = DeltaNetStepKernel<T, kDim>;
+  constexpr int kBytes = sizeof(Shared<kDim>);
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes) != cudaSuccess) {
+    return LaunchStatus("DeltaNetStepKernel");
+  }
   const auto blocks = static_cast<unsigned>(rows.rows * args.conv.heads);
-  return LaunchOverlapping("DeltaNetStepKernel", DeltaNetStepKernel<T, kDim>,
-                           {.grid = dim3(blocks), .threads = 2 * kDim}, stream, rows, args);
+  return LaunchOverlapping("DeltaNetStepKernel", kernel,
+                           {.grid = dim3(blocks), .threads = 2 * kDim, .shared_bytes = kBytes}, stream, rows,
+                           args);
 }
 
 template <typename T>
@@ -273,7 +417,8 @@ absl::Status Launch(const RaggedRows& rows, const DeltaNetMixerArgs& args, cudaS
 bool DeltaNetStepCudaTakes(const DeltaNetMixerArgs& args) {
   const int64_t dim = args.conv.key_dim;
   return (dim == 64 || dim == 128) && args.conv.value_dim == dim && args.conv.taps == kTaps &&
-         args.norm.groups == args.conv.heads && Aligned(args.rule.state);
+         args.norm.groups == args.conv.heads && Aligned(args.rule.state) && Aligned(args.conv.tail) &&
+         Aligned16({args.conv.z, args.conv.weight, args.conv.bias}) && args.conv.z_stride % 2 == 0;
 }
 
 absl::Status DeltaNetStepCuda(const RaggedRows& rows, const DeltaNetMixerArgs& args, void* stream) {
