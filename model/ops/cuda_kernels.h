@@ -29,6 +29,9 @@ absl::Status ShortConvQkvCuda(const RaggedRows& rows, const ShortConvQkvArgs& ar
 // Whether GemmSkinnyCuda can make this product on the current device.
 bool GemmSkinnyCudaTakes(const FusedGemmArgs& args);
 absl::Status GemmSkinnyCuda(const FusedGemmArgs& args, void* stream);
+// The same of GemmGatedCuda; products of few rows it takes only if they fit its tiles.
+bool GemmGatedCudaTakes(const FusedGemmArgs& args);
+absl::Status GemmGatedCuda(const FusedGemmArgs& args, void* stream);
 // Whether it has made the product, or left it alone, for there is no kernel to be preferred; on the current device, of
 // which `cublas_lt` is a cublasLtHandle_t.
 absl::StatusOr<bool> GemmLtCuda(const GemmArgs& args, void* cublas_lt, void* stream);

@@ -134,25 +134,41 @@ __device__ inline void CopyBox(uint32_t to, const CUtensorMap* map, int x, int y
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier)
       : "memory");
 }
-// A copy by one thread of `bytes` from global to shared memory, which a barrier counts, and the way back; both
-// ends and `bytes` are multiples of 16.
+// The same into each of the cluster's blocks whose ranks are bits of `blocks`, to the same place, on the same
+// barrier.
+__device__ inline void CopyBoxToBlocks(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t barrier,
+                                       uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(blocks)
+      : "memory");
+}
+// A copy by one thread of `bytes` from global to shared memory, which a barrier counts; both ends and `bytes`
+// are multiples of 16.
 __device__ inline void CopyBulk(uint32_t to, const void* from, int bytes, uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
       "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
       : "memory");
 }
-__device__ inline void CopyBulkBack(void* to, uint32_t from, int bytes) {
+// The ways back. Of a box, what lies outside the matrix is left alone.
+__device__ inline void CopyBoxOut(const CUtensorMap* map, int x, int y, uint32_t from) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\n"
+      "cp.async.bulk.commit_group;" ::"l"(map),
+      "r"(x), "r"(y), "r"(from)
+      : "memory");
+}
+__device__ inline void CopyBulkOut(void* to, uint32_t from, int bytes) {
   asm volatile(
       "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
       "cp.async.bulk.commit_group;" ::"l"(__cvta_generic_to_global(to)),
       "r"(from), "r"(bytes)
       : "memory");
 }
-// Waits until what this thread copies back has been read: shared memory may then go.
-__device__ inline void CopyBulkBackWait() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-}
+// Waits until what this thread copies out has been read: shared memory may then be overwritten, or go.
+__device__ inline void CopyOutWait() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 // Brings the map itself nearer.
 __device__ inline void PrefetchMap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -315,7 +331,7 @@ __device__ inline void AsyncProduct(float* d, const uint32_t* a, uint32_t b, boo
 // The same with A in shared memory, both by rows.
 template <int N = 64>
 __device__ inline void AsyncProductShared(float* d, uint32_t a, uint32_t b, bool add) {
-  static_assert(N == 8 || N == 16 || N == 32 || N == 64 || N == 128);
+  static_assert(N == 8 || N == 16 || N == 32 || N == 64 || N == 128 || N == 176);
   if constexpr (N == 8) {
     asm volatile(
         "{.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %7, 0;\n"
@@ -365,6 +381,20 @@ __device__ inline void AsyncProductShared(float* d, uint32_t a, uint32_t b, bool
         "}, a, b, p, 1, 1, 0, 0;}\n"
         : DELTANET_F8(0), DELTANET_F8(8), DELTANET_F8(16), DELTANET_F8(24), DELTANET_F8(32), DELTANET_F8(40),
           DELTANET_F8(48), DELTANET_F8(56)
+        : "r"(a), "r"(b), "r"(kTileHigh), "r"(int{add}));
+  } else if constexpr (N == 176) {
+    asm volatile(
+        "{.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %91, 0;\n"
+        "mov.b64 a, {%88, %90};\nmov.b64 b, {%89, %90};\n"
+        "wgmma.mma_async.sync.aligned.m64n176k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+        "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
+        "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "
+        "%60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+        "%80, %81, %82, %83, %84, %85, %86, %87"
+        "}, a, b, p, 1, 1, 0, 0;}\n"
+        : DELTANET_F8(0), DELTANET_F8(8), DELTANET_F8(16), DELTANET_F8(24), DELTANET_F8(32), DELTANET_F8(40),
+          DELTANET_F8(48), DELTANET_F8(56), DELTANET_F8(64), DELTANET_F8(72), DELTANET_F8(80)
         : "r"(a), "r"(b), "r"(kTileHigh), "r"(int{add}));
   }
 }

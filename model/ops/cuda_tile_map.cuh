@@ -18,12 +18,14 @@ namespace deltanet {
 
 // The map of an array of bfloat16 at a multiple of 16 bytes: the numbers of its elements along each
 // dimension, the innermost first; the bytes from one to the next along all but the innermost, multiples of
-// 16; and the elements of a box, 64 of the innermost. What is beyond the array reads as zero. INTERNAL if the
-// driver refuses. Takes the host some 100 ns.
+// 16; and the elements of a box, 64 of the innermost for a tile. Without a swizzle a box's rows lie one behind
+// the other. What is beyond the array reads as zero. INTERNAL if the driver refuses. Takes the host some
+// 100 ns.
 template <size_t kDimensions>
 absl::Status MapBoxes(const void* data, const std::array<uint64_t, kDimensions>& sizes,
                       const std::array<uint64_t, kDimensions - 1>& strides,
-                      const std::array<uint32_t, kDimensions>& box, CUtensorMap* map) {
+                      const std::array<uint32_t, kDimensions>& box, CUtensorMap* map,
+                      CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B) {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -39,7 +41,7 @@ absl::Status MapBoxes(const void* data, const std::array<uint64_t, kDimensions>&
   static_assert(sizeof(cuuint64_t) == sizeof(uint64_t) && sizeof(cuuint32_t) == sizeof(uint32_t));
   const CUresult result = encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kDimensions, const_cast<void*>(data),
                                  sizes.data(), strides.data(), box.data(), steps.data(),
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return absl::OkStatus();
   return absl::InternalError(absl::StrCat("mapping an array [", absl::StrJoin(sizes, ","),

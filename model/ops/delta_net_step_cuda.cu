@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(2 * kDim, kDim == 128 ? 2 : 5)
       FenceAsyncProxy();
       NamedBarrier(1 + part, kPartThreads);
       if (stores_part)
-        CopyBulkBack(to + part * kFloats, SharedAddress(shared.s) + part * kFloats * 4, kFloats * 4);
+        CopyBulkOut(to + part * kFloats, SharedAddress(shared.s) + part * kFloats * 4, kFloats * 4);
     } else {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) *reinterpret_cast<float4*>(to + in_state + i * kDim) = s[i];
@@ -386,7 +386,7 @@ __global__ void __launch_bounds__(2 * kDim, kDim == 128 ? 2 : 5)
     store_state();
   }
   if constexpr (kInBulk) {
-    if (stores_part) CopyBulkBackWait();
+    if (stores_part) CopyOutWait();
   }
 }
 

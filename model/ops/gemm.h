@@ -45,7 +45,8 @@ absl::Status Gemm(const GemmArgs& args, const OpContext& context);
 inline constexpr int64_t kSquaresOf = 128;
 constexpr int64_t SquaresWidth(int64_t width) { return (width + kSquaresOf - 1) / kSquaresOf; }
 
-// A product of few rows with what surrounds it in a layer, in one kernel where there is one: for bfloat16 on Hopper.
+// A product with what surrounds it in a layer, in one kernel where there is one: for bfloat16 on Hopper, of
+// few rows, and of many with a gate alone.
 //
 //   p[i] = f[i] a[i] b^T
 //

@@ -1,4 +1,5 @@
-// Products of many rows in bfloat16 on Hopper, by cuBLASLt, which is told which of its kernels to take.
+// Products of many rows in bfloat16 on Hopper, by cuBLASLt, which is told which of its kernels to take. (Where
+// a gated unit follows, as the third below, gemm_gated_cuda.cu makes both, unless there is a bias.)
 //
 // Such products are bound by the device's power: for the longer they run, the slower they get, by up to a tenth. The
 // library orders its kernels by the time that it expects, in which that is not. Of those that it offers, this takes

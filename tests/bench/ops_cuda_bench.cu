@@ -4,9 +4,10 @@
 // tokens stay in the L2.
 //
 // Products of few tokens have what surrounds them in a layer with them (FusedGemm, on Hopper), those of many
-// are added to the residual stream where a layer adds them. Of products a graph holds a row, each with
-// another matrix, so that these come from memory, and the time is one's share of the row's. Operands are
-// random: of zeros, a library's product of many tokens is faster than the device has power for.
+// are added to the residual stream where a layer adds them, and measured with the gate too where it has one.
+// Of products a graph holds a row, each with another matrix, so that these come from memory, and the time is
+// one's share of the row's. Operands are random: of zeros, a library's product of many tokens is faster than
+// the device has power for.
 //
 //   ops_cuda_bench [REPLAYS]     (30)
 #include <cstdint>
@@ -185,6 +186,10 @@ class Bench {
     Print(op, turn[0].gemm.m, us / static_cast<double>(turns), bytes);
   }
 
+  void GatedProduct(int64_t m) {
+    Products("product to gate and up, gated", {Fused(m, 2 * kF, kD, FusedGemmArgs::Then::kGate, false)});
+  }
+
   void LayersProducts(int64_t m) {
     using Then = FusedGemmArgs::Then;
     const FusedGemmArgs qkv = Fused(m, kGate, kD, Then::kStore, true),
@@ -287,6 +292,7 @@ int main(int argc, char** argv) {
     bench.Product("product to q, k, v, beta", m, deltanet::kGate, deltanet::kD);
     bench.Product("product out", m, deltanet::kD, deltanet::kD, /*accumulate=*/true);
     bench.Product("product to gate and up", m, 2 * deltanet::kF, deltanet::kD);
+    bench.GatedProduct(m);
     bench.Product("product down", m, deltanet::kD, deltanet::kF, /*accumulate=*/true);
   }
   for (const int64_t tokens : {1, 32, 256, 2048, 16384}) {

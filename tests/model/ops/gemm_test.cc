@@ -416,6 +416,82 @@ TEST(GemmCudaTest, FusedIsAsGoodAsPlainCodeAndWritesItsColumnsAlone) {
     }
   }
 }
+
+// A gate after a product of many rows, some of whose values are looked at. Behind the operands' rows is NaN.
+TEST(GemmCudaTest, GatedOfManyRowsIsAsGoodAsPlainCodeAndWritesItsColumnsAlone) {
+  const Mode mode{"cuda_bfloat16", {DeviceType::kCuda, 0}, DType::kBFloat16};
+  SKIP_WITHOUT_DEVICE(mode);
+  DeviceStream stream(mode.device);
+  const OpContext context{mode.device, RunSerially, stream.handle()};
+  const DeviceStream::Current current(stream);
+  constexpr int64_t kBand = 8, kMostRows = 4099;
+  for (const Sizes& sizes :
+       {Sizes{16, 72}, Sizes{272, 64}, Sizes{400, 1032}, Sizes{2000, 8}, Sizes{5648, 200}}) {
+    const int64_t f = sizes.n / 2, k = sizes.k, k_stride = k + kBand, c_stride = f + kBand;
+    const auto matrix = [&](int64_t rows, uint32_t seed, float deviation) {
+      std::vector<float> x = Rounded(RandomNormal(rows * k_stride, seed, deviation), mode.dtype);
+      for (int64_t i = 0; i < rows; ++i) std::fill_n(x.begin() + i * k_stride + k, kBand, kNaN);
+      return x;
+    };
+    const std::vector<float> a = matrix(kMostRows, 1, 1);
+    const std::vector<float> b = matrix(sizes.n, 2, 1 / std::sqrt(static_cast<float>(k)));
+    const DeviceBuffer a_there = OnDevice(a, mode.dtype, mode.device, &stream);
+    const DeviceBuffer b_there = OnDevice(b, mode.dtype, mode.device, &stream);
+    for (const int64_t m : {1025, 1100, 2050, 4099}) {
+      const bool silu = m % 2 == 0;
+      SCOPED_TRACE(absl::StrCat("[", m, ",", k, "] x [", k, ",", sizes.n, "]"));
+      const DeviceBuffer c =
+          OnDevice(std::vector<float>((m + 2) * c_stride, kNaN), mode.dtype, mode.device, &stream);
+      FusedGemmArgs args;
+      args.gemm.dtype = args.gemm.c_dtype = mode.dtype;
+      args.gemm.m = m;
+      args.gemm.n = sizes.n;
+      args.gemm.k = k;
+      args.gemm.a = a_there.data();
+      args.gemm.b = b_there.data();
+      args.gemm.lda = args.gemm.ldb = k_stride;
+      args.gemm.c = c.data() + c_stride * DTypeBytes(mode.dtype);
+      args.gemm.ldc = c_stride;
+      args.then = FusedGemmArgs::Then::kGate;
+      args.gate = silu ? GateKind::kSiluFirst : GateKind::kSigmoidSecond;
+      if (!FusedGemmTakes(args, context)) GTEST_SKIP() << "this device has no fused products";
+      const absl::Status status = FusedGemm(args, context);
+      ASSERT_TRUE(status.ok()) << status;
+      std::vector<char> raw(c.bytes());
+      stream.Copy(raw.data(), c.data(), c.bytes());
+      stream.Synchronize();
+      std::vector<float> all(raw.size() / DTypeBytes(mode.dtype));
+      ConvertElements(raw.data(), mode.dtype, all.data(), DType::kFloat32, static_cast<int64_t>(all.size()));
+      for (int64_t i = 0; i < m + 2; ++i) {
+        for (int64_t j = 0; j < c_stride; ++j) {
+          ASSERT_EQ(std::isnan(all[i * c_stride + j]), i == 0 || i > m || j >= f) << i << ", " << j;
+        }
+      }
+      std::vector<float> got, plain;
+      std::vector<double> exact;
+      for (int64_t at = 0; at < m * f; at += m * f / 5000 | 1) {
+        const int64_t i = at / f, j = at % f;
+        PlainSum sums[2] = {PlainSum(mode), PlainSum(mode)};
+        double exact_sums[2] = {};
+        for (int64_t l = 0; l < k; ++l) {
+          for (int half = 0; half < 2; ++half) {
+            const float from_a = a[i * k_stride + l], from_b = b[(half * f + j) * k_stride + l];
+            sums[half].Add(from_a, from_b);
+            exact_sums[half] += static_cast<double>(from_a) * from_b;
+          }
+        }
+        const float x = sums[0].value(), y = sums[1].value();
+        const double exact_x = exact_sums[0], exact_y = exact_sums[1];
+        got.push_back(all[(i + 1) * c_stride + j]);
+        plain.push_back(silu ? x / (1 + std::exp(-x)) * y : x / (1 + std::exp(-y)));
+        exact.push_back(silu ? exact_x / (1 + std::exp(-exact_x)) * exact_y
+                             : exact_x / (1 + std::exp(-exact_y)));
+      }
+      ExpectAsGoodAsPlain(got.data(), plain.data(), exact.data(), static_cast<int64_t>(got.size()), "c",
+                          mode.dtype);
+    }
+  }
+}
 #endif
 
 // Rows of products in which a row's bits are not those that it has in a product of its own.
