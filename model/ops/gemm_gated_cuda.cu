@@ -24,8 +24,8 @@
 //
 // With less rows a last round of tiles for few blocks counts (FillsRounds). Tried and no gain, at m = 16,384:
 // one set of sums and tiles of 88 to 128 columns, or of 256 rows (1134 to 1290: of the cycles a tenth is then
-// the gate's), also with one warpgroup some steps ahead of the other; clusters that share a, or of four (30 of
-// them fit); the gate in three parts instead of six (1085); groups of 1024 rows (1062) or 4096 (1077).
+// the gate's), also with one warpgroup some steps ahead of the other; clusters that share a, or of four (30
+// of them fit); the gate in three parts instead of six (1085); groups of 1024 rows (1062) or 4096 (1077).
 #include <algorithm>
 #include <array>
 #include <cstdint>
