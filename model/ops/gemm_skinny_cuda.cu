@@ -5,15 +5,15 @@
 // them). A block has 128 rows of b and all tokens; two warpgroups multiply, 64 rows each. One thread of a
 // further warp queues the copies of b and one of the next warp those of a, in steps of 64 elements of k, into
 // a ring in shared memory: 16 KiB of b and up to 16 KiB of a a step, at most 112 KiB, so that two blocks fit
-// a multiprocessor. Of b no more than 48 KiB a block are on their way, which is enough for the memory: all else
-// that a block waits for comes out of the L2, and queues behind them; and no more than 32 KiB while the ring is
-// filled for the first time, for behind these queue the last values of the kernel before, which ends the later.
-// The second of the two warps finds the norm's factors as well. Where b has fewer tiles than would fill the
-// device, 2, 4 or 8 blocks share a tile, each a part of k; they are a cluster, each leaves its sums in its
-// shared memory, and each adds up a part of the tokens, of all blocks in the order of their ranks. So there
-// are no atomics and no workspace, and the same operands give the same bits. Then a warp has a token's 128
-// sums, four a lane, which it stores, or adds to the residual stream and squares, or gates: for that the tile
-// is 64 rows of the first half of b and the 64 that belong to them of the second.
+// a multiprocessor. Of b no more than 48 KiB a block are on their way, which is enough for the memory: all
+// else that a block waits for comes out of the L2, and queues behind them; and no more than 32 KiB while the
+// ring is filled for the first time, for behind these queue the last values of the kernel before, which ends
+// the later. The second of the two warps finds the norm's factors as well. Where b has fewer tiles than would
+// fill the device, 2, 4 or 8 blocks share a tile, each a part of k; they are a cluster, each leaves its sums
+// in its shared memory, and each adds up a part of the tokens, of all blocks in the order of their ranks. So
+// there are no atomics and no workspace, and the same operands give the same bits. Then a warp has a token's
+// 128 sums, four a lane, which it stores, or adds to the residual stream and squares, or gates: for that the
+// tile is 64 rows of the first half of b and the 64 that belong to them of the second.
 //
 // The kernel begins while the one before it still runs (LaunchOverlapping): the ring is filled with b, which
 // is constant; then it waits for its tokens. It lets the next one begin when it has asked for its last steps
@@ -40,11 +40,11 @@
 // second line is nothing else) and 6 with 64, of which the ring covers some 2. With a barrier that waits for
 // the device's memory too, before the sums are added up, each took 0.3 to 1 us more. Tried and no gain: one
 // block a multiprocessor, so that the next kernel's fits beside; tokens copied to two or four blocks of a
-// cluster at once; sums copied in bulk to the block that adds them up; what the next kernel's ring does not hold
-// brought into the L2 meanwhile (2 to 4 us a layer worse for 10 to 20 MB); blocks of 128 or 192 rows, never more
-// than there are multiprocessors, so that all of the next kernel's fit beside (4 % worse at 64 tokens); clusters
-// of at most four; one kernel for the four, whose ring runs on over barriers of the whole grid (51 us with one
-// token, 68 with 64).
+// cluster at once; sums copied in bulk to the block that adds them up; what the next kernel's ring does not
+// hold brought into the L2 meanwhile (2 to 4 us a layer worse for 10 to 20 MB); blocks of 128 or 192 rows,
+// never more than there are multiprocessors, so that all of the next kernel's fit beside (4 % worse at 64
+// tokens); clusters of at most four; one kernel for the four, whose ring runs on over barriers of the whole
+// grid (51 us with one token, 68 with 64).
 #include <algorithm>
 #include <cstdint>
 
