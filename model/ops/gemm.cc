@@ -132,7 +132,7 @@ absl::Status Gemm(const GemmArgs& args, const OpContext& context) {
     alone.gemm.c_dtype = args.dtype;
   }
   if ((!args.accumulate || args.ldc == args.n) && FusedGemmTakes(alone, context)) {
-    CUDA_DOOR(GemmSkinnyCuda(alone, context.stream));
+    return FusedGemm(alone, context);
   }
 #ifdef DELTANET_CUDA
   if (!on_cpu) {

@@ -93,8 +93,8 @@ struct Layout {
   static constexpr int kRowsBytes = kRows * kStep * 2, kTokensBytes = kTokens * kStep * 2;
   static constexpr int kStageBytes = kRowsBytes + kTokensBytes;
   static constexpr int kStages = (112 * 1024 - 4 * kTokens - 256) / kStageBytes;
-  static constexpr int kAtFirst = 2, kOnTheirWay = 3;  // Steps of b, at most.
-  static constexpr int kFactors = kStages * kStageBytes;                           // [kTokens] Floats.
+  static constexpr int kAtFirst = 2, kOnTheirWay = 3;     // Steps of b, at most.
+  static constexpr int kFactors = kStages * kStageBytes;  // [kTokens] Floats.
   static constexpr int kBarriers = kFactors + 4 * kTokens;
   static constexpr int kBytes = kBarriers + 24 * kStages;
   static_assert(kTokens * kPitch * 4 <= kFactors, "the sums take the ring's place");

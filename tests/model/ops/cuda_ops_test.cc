@@ -396,7 +396,8 @@ TEST_P(CudaNormTest, InPlaceGivesTheSameBits) {
     const int64_t values = kRows * d;
     for (const bool aligned : {false, true}) {
       SCOPED_TRACE("width " + std::to_string(d) + (aligned ? " aligned" : ""));
-      Result apart = run(kApart, aligned), sum_in_x = run(kSumInX, aligned), normed_in_x = run(kNormedInX, aligned);
+      Result apart = run(kApart, aligned), sum_in_x = run(kSumInX, aligned),
+             normed_in_x = run(kNormedInX, aligned);
       EXPECT_TRUE(SameBits(sum_in_x.x.data(), apart.sum.data(), values));
       EXPECT_TRUE(SameBits(sum_in_x.normed.data(), apart.normed.data(), values));
       EXPECT_EQ(Rounded(normed_in_x.x.Values(), dtype()), apart.normed.Values());
