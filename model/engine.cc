@@ -829,15 +829,19 @@ class Engine final : public Model {
     return gemm;
   }
 
-  absl::Status Multiply(int64_t m, const void* a, const Linear& linear, DType c_dtype, void* c, int64_t ldc,
-                        const OpContext& context) {
+  GemmArgs ProductOf(int64_t m, const void* a, const Linear& linear, DType c_dtype, void* c, int64_t ldc) const {
     GemmArgs gemm = ProductWith(linear, c_dtype);
     gemm.m = m;
     gemm.a = a;
     gemm.lda = linear.inputs;
     gemm.c = c;
     gemm.ldc = ldc;
-    return Gemm(gemm, context);
+    return gemm;
+  }
+
+  absl::Status Multiply(int64_t m, const void* a, const Linear& linear, DType c_dtype, void* c, int64_t ldc,
+                        const OpContext& context) {
+    return Gemm(ProductOf(m, a, linear, c_dtype, c, ldc), context);
   }
 
   // Whether this device makes all products of this model as they have to be for a deterministic one.
@@ -1020,22 +1024,12 @@ class Engine final : public Model {
     return NormAfter(n, x, layer.ff_out, layer.post_ff_norm, NormBefore(index + 1), x, context);
   }
 
-  FusedGemmArgs FusedProductWith(const Linear& linear, int64_t n, const void* a, void* c, int64_t ldc) const {
-    FusedGemmArgs fused;
-    fused.gemm = ProductWith(linear, weights_.dtype);
-    fused.gemm.m = n;
-    fused.gemm.a = a;
-    fused.gemm.lda = linear.inputs;
-    fused.gemm.c = c;
-    fused.gemm.ldc = ldc;
-    return fused;
-  }
-
   // w.ff_gated = the gated unit of a times the layer's matrix, [n, f].
   absl::Status GatedProduct(int64_t n, const void* a, const LayerWeights& layer, const OpContext& context) {
     const int64_t f = layer.ff_out.inputs;
     const Workspace& w = workspace_;
-    FusedGemmArgs fused = FusedProductWith(layer.ff_in, n, a, w.ff_gated, f);
+    FusedGemmArgs fused;
+    fused.gemm = ProductOf(n, a, layer.ff_in, weights_.dtype, w.ff_gated, f);
     fused.then = FusedGemmArgs::Then::kGate;
     fused.gate = layer.gate;
     if (layer.ff_in.bias == nullptr && FusedGemmTakes(fused, context)) return FusedGemm(fused, context);
@@ -1097,7 +1091,8 @@ class Engine final : public Model {
     const LayerWeights& layer = weights_.layers[index];
     const Workspace& w = workspace_;
     const auto product = [&](const Linear& linear, const void* a, void* c, int64_t ldc) {
-      FusedGemmArgs fused = FusedProductWith(linear, n, a, c, ldc);
+      FusedGemmArgs fused;
+      fused.gemm = ProductOf(n, a, linear, weights_.dtype, c, ldc);
       fused.epsilon = weights_.epsilon;
       return fused;
     };

@@ -78,8 +78,8 @@
 //
 // ncu, at its own clocks, which are lower: 8 rows of 2048 156, tensor cores busy for 44 % of the time, memory
 // at 36 % of its peak (float32 out 175, 39 and 39 %); one row of 8192: the effects 82, tensor cores 31 %, and
-// beside them the first segment 56; the join 12, tensor cores 11 %, memory 13 %; the segments 83, 43 and 27
-// %.
+// beside them the first segment 56; the join 12, tensor cores 11 %, memory 13 %; the segments 83,
+// 43 and 27 %.
 //
 // What bounds it, by the clocks of each warpgroup (DELTANET_DELTA_RULE_CLOCKS). Two consumers: the one that
 // makes T, 6200 cycles a chunk: 1300 waiting for K K^T behind the consumers' products, 2000 to store A and
