@@ -4,7 +4,8 @@
 //   u = beta (v - S^T k)      o = scale (S^T q + (q k) u)      S += k u^T
 //   out = o / rms(o) * scale_v [* silu(gate)]
 //
-// with S as it is before the token, so that one walk over it gives both S^T k and S^T q.
+// with S as it is before the token, so that one walk over it gives both S^T k and S^T q. Of a model without
+// convolutions y is z.
 //
 // Tiling: a block is one head of one row: 2 D threads (D = K = V). S comes into shared memory by one bulk
 // copy, asked for as soon as the row is known, then goes to registers, where it stays for all tokens of the
@@ -37,7 +38,9 @@
 // were tried, those with 48 to 64 KiB a multiprocessor on their way, in units of 8 to 16 KiB, are the best
 // (38, 135, 525 us), and more on its way costs: 192 KiB 570 us at 1024 sessions; so do loads that are evicted
 // first beside stores that are not (570), and slots side by side (541, 527 with those read in one half of the
-// pool). With the tails copied too, 42, 145, 561.
+// pool). With the tails copied too, 42, 145, 561. Without convolutions, which is what other delta rules for a
+// token are measured by, and has no tails: 7, 11, 41, 139, 537, in a call where the whole took 8, 12, 43,
+// 147, 560 and the copy 5, 9, 39, 139, 543.
 //
 // No gain, 64, 256, 1024 sessions, where this took 43, 145, 560 (each call on other sessions): stores from
 // registers (43, 146, 560); three blocks a multiprocessor, S read from shared memory twice (43, 147, 566,
@@ -47,6 +50,7 @@
 // brought into the L2 (51, 174, 673). With half of S, a quarter or nothing of it asked for before z, a step
 // of the 1.3B model took 0.01 to 0.02 ms more with one session; a half or a quarter took 0.005 ms less with
 // 16, and as much with 64.
+#include <algorithm>
 #include <cstdint>
 
 #include "model/ops/cuda_kernels.h"
@@ -59,7 +63,7 @@
 namespace deltanet {
 namespace {
 
-constexpr int kTaps = 4;
+constexpr int kMostTaps = 4;
 
 // Whether S goes between the memories by bulk copies; else each thread copies its own part.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -68,28 +72,31 @@ constexpr bool kInBulk = true;
 constexpr bool kInBulk = false;
 #endif
 
-// Two neighbouring channels of q, k or v: their convolution, and the inputs that they remember.
-template <typename T>
+// Two neighbouring channels of q, k or v: their convolution, and the inputs that they remember. With no taps
+// there is no convolution, and nothing to remember.
+template <typename T, int kTaps>
 class Channels {
  public:
   using Pair = Packed<T, 2>;
+  static constexpr int kKept = kTaps > 0 ? kTaps - 1 : 0;
 
   // Asks for what `slot` remembers. Of a fresh row nothing is asked for: ForgetAll has to come before Next,
   // but behind all that is asked for besides, since it may wait for what was.
   __device__ Channels(const ShortConvQkvArgs& args, bool fresh, int32_t slot, int channel) {
-    if (fresh) return;
+    if (fresh || kKept == 0) return;
     const int width = static_cast<int>(QkvWidth(args));
     const T* const tail = TailOf<T>(args, slot) + channel;
 #pragma unroll
-    for (int j = 0; j < kTaps - 1; ++j) before_[j] = LoadPacked<2>(tail + j * width);
+    for (int j = 0; j < kKept; ++j) before_[j] = LoadPacked<2>(tail + j * width);
   }
   __device__ void ForgetAll() {
 #pragma unroll
-    for (int j = 0; j < kTaps - 1; ++j) before_[j] = {};
+    for (int j = 0; j < kKept; ++j) before_[j] = {};
   }
 
   // Reads ahead: both are called a token before Next works on it.
   __device__ void FetchWeights(const ShortConvQkvArgs& args, int channel) {
+    if (kTaps == 0) return;
     const int width = static_cast<int>(QkvWidth(args));
 #pragma unroll
     for (int j = 0; j < kTaps; ++j)
@@ -99,29 +106,30 @@ class Channels {
   __device__ void Fetch(const T* z) { next_ = LoadPacked<2>(z); }
   // The convolution at the token that was fetched.
   __device__ void Next(float (&y)[2]) {
+    if constexpr (kTaps == 0) return Unpack(next_, y);
     y[0] = bias_.x, y[1] = bias_.y;
 #pragma unroll
     for (int j = 0; j < kTaps; ++j) {
       float x[2];
-      Unpack(j + 1 < kTaps ? before_[j] : next_, x);
+      Unpack(j < kKept ? before_[j] : next_, x);
       y[0] = fmaf(weight_[j].x, x[0], y[0]);
       y[1] = fmaf(weight_[j].y, x[1], y[1]);
     }
 #pragma unroll
-    for (int j = 0; j + 1 < kTaps - 1; ++j) before_[j] = before_[j + 1];
-    before_[kTaps - 2] = next_;
+    for (int j = 0; j + 1 < kKept; ++j) before_[j] = before_[j + 1];
+    if constexpr (kKept > 0) before_[kKept - 1] = next_;
   }
   __device__ void StoreTail(const ShortConvQkvArgs& args, int32_t work_slot, int channel) const {
     const int width = static_cast<int>(QkvWidth(args));
     T* const tail = TailOf<T>(args, work_slot) + channel;
 #pragma unroll
-    for (int j = 0; j < kTaps - 1; ++j) *reinterpret_cast<Pair*>(tail + j * width) = before_[j];
+    for (int j = 0; j < kKept; ++j) *reinterpret_cast<Pair*>(tail + j * width) = before_[j];
   }
 
  private:
-  Pair before_[kTaps - 1];  // As they lie in memory: to convert one is to wait for it.
+  Pair before_[std::max(1, kKept)];  // As they lie in memory: to convert one is to wait for it.
   Pair next_;
-  float2 weight_[kTaps];
+  float2 weight_[std::max(1, kTaps)];
   float2 bias_;
 };
 
@@ -172,7 +180,7 @@ __device__ inline float Zeros(const float4& x, float before) {
   return fmaf(x.x, 0.0f, fmaf(x.y, 0.0f, fmaf(x.z, 0.0f, fmaf(x.w, 0.0f, before))));
 }
 
-template <typename T, int kDim>
+template <typename T, int kDim, int kTaps>
 __global__ void __launch_bounds__(2 * kDim, kDim == 128 ? 2 : 5)
     DeltaNetStepKernel(RaggedRows rows, DeltaNetMixerArgs args) {
   using L = Shared<kDim>;
@@ -215,7 +223,7 @@ __global__ void __launch_bounds__(2 * kDim, kDim == 128 ? 2 : 5)
   const int quarter = thread / (kDim / 2), in_head = thread % (kDim / 2) * 2;
   const bool has_channels = quarter < 3;
   const int channel = (has_channels ? quarter : 0) * third + first + in_head;
-  Channels<T> channels(conv, fresh, base_slot, channel);
+  Channels<T, kTaps> channels(conv, fresh, base_slot, channel);
   channels.FetchWeights(conv, channel);
   float2 scale = make_float2(0, 0);
   if (!has_channels) scale = make_float2(norm.scale[in_head], norm.scale[in_head + 1]);
@@ -394,9 +402,9 @@ bool Aligned(const SlotView& slots) {
   return Aligned16({slots.pool}) && slots.slot_stride % 4 == 0 && slots.offset % 4 == 0;
 }
 
-template <typename T, int kDim>
+template <typename T, int kDim, int kTaps>
 absl::Status Launch(const RaggedRows& rows, const DeltaNetMixerArgs& args, cudaStream_t stream) {
-  const auto kernel = DeltaNetStepKernel<T, kDim>;
+  const auto kernel = DeltaNetStepKernel<T, kDim, kTaps>;
   constexpr int kBytes = sizeof(Shared<kDim>);
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes) != cudaSuccess) {
     return LaunchStatus("DeltaNetStepKernel");
@@ -405,6 +413,12 @@ absl::Status Launch(const RaggedRows& rows, const DeltaNetMixerArgs& args, cudaS
   return LaunchOverlapping("DeltaNetStepKernel", kernel,
                            {.grid = dim3(blocks), .threads = 2 * kDim, .shared_bytes = kBytes}, stream, rows,
                            args);
+}
+
+template <typename T, int kDim>
+absl::Status Launch(const RaggedRows& rows, const DeltaNetMixerArgs& args, cudaStream_t stream) {
+  return args.conv.taps == 0 ? Launch<T, kDim, 0>(rows, args, stream)
+                             : Launch<T, kDim, kMostTaps>(rows, args, stream);
 }
 
 template <typename T>
@@ -416,8 +430,9 @@ absl::Status Launch(const RaggedRows& rows, const DeltaNetMixerArgs& args, cudaS
 
 bool DeltaNetStepCudaTakes(const DeltaNetMixerArgs& args) {
   const int64_t dim = args.conv.key_dim;
-  return (dim == 64 || dim == 128) && args.conv.value_dim == dim && args.conv.taps == kTaps &&
-         args.norm.groups == args.conv.heads && Aligned(args.rule.state) && Aligned(args.conv.tail) &&
+  return (dim == 64 || dim == 128) && args.conv.value_dim == dim &&
+         (args.conv.taps == kMostTaps || args.conv.taps == 0) && args.norm.groups == args.conv.heads &&
+         Aligned(args.rule.state) && Aligned(args.conv.tail) &&
          Aligned16({args.conv.z, args.conv.weight, args.conv.bias}) && args.conv.z_stride % 2 == 0;
 }
 

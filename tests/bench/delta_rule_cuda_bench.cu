@@ -1,8 +1,8 @@
 // The delta rule alone on a GPU, by both kernels, in the cases that prefill is measured by, and the mixer of
-// `delta_net` in those of decode: bfloat16 inputs side by side as the engine has them, states read from one
-// slot and written to another, beside a plain copy of the same slots. A JSON line a case: the median time of
-// a CUDA graph that holds one call, the bytes that the call has to move in that time, and the largest
-// difference between the kernels' outputs.
+// `delta_net` in those of decode, with its convolutions and without: bfloat16 inputs side by side as the
+// engine has them, states read from one slot and written to another, beside a plain copy of the same slots. A
+// JSON line a case: the median time of a CUDA graph that holds one call, the bytes that the call has to move
+// in that time, and the largest difference between the kernels' outputs.
 //
 //   delta_rule_cuda_bench [REPLAYS]     (30)
 #include <algorithm>
@@ -189,11 +189,12 @@ void Run(const std::string& name, const std::vector<int32_t>& lengths, int heads
   cudaStreamDestroy(stream);
 }
 
-// Sessions of `tokens` tokens each through a whole mixer of 16 heads of 128.
-void RunMixer(int sessions, int tokens, int replays) {
-  constexpr int kHeads = 16, kSize = 128, kTaps = 4;
+// Sessions of `tokens` tokens each through a mixer of 16 heads of 128. Without convolutions (0 taps) that is
+// the delta rule with its L2 norms and an output norm, and of what is in slots the state alone.
+void RunMixer(int sessions, int tokens, int taps, int replays) {
+  constexpr int kHeads = 16, kSize = 128, kMostTaps = 4;
   constexpr int64_t kWidth = kHeads * kSize, kStride = 3 * kWidth + 64, kState = kWidth * kSize;
-  constexpr int64_t kSlot = kState + (kTaps - 1) * 3 * kWidth / 2;
+  constexpr int64_t kSlot = kState + (kMostTaps - 1) * 3 * kWidth / 2;
   const int64_t N = int64_t{sessions} * tokens;
   std::vector<int32_t> offsets = {0}, base, work, token_row;
   for (int32_t r = 0; r < sessions; ++r) {
@@ -206,7 +207,7 @@ void RunMixer(int sessions, int tokens, int replays) {
   const Array<uint8_t> fresh(std::vector<uint8_t>(sessions, 0));
   const Array<int32_t> nonfinite(std::vector<int32_t>(sessions, 0));
   const Array<uint16_t> z(N * kStride), qkv(N * kStride), mixed(N * kWidth), out(N * kWidth);
-  const Array<float> slots(2 * sessions * kSlot), weight(std::vector<float>(kTaps * 3 * kWidth, 0.3f));
+  const Array<float> slots(2 * sessions * kSlot), weight(std::vector<float>(kMostTaps * 3 * kWidth, 0.3f));
   const Array<float> scale(std::vector<float>(kSize, 1.0f));
   FillInputs<<<static_cast<unsigned>(N), 64>>>(z.data(), kStride, kHeads, kSize);
   FillStates<<<1024, 256>>>(slots.data(), 2 * sessions * kSlot);
@@ -230,7 +231,7 @@ void RunMixer(int sessions, int tokens, int replays) {
   args.conv = {.heads = kHeads,
                .key_dim = kSize,
                .value_dim = kSize,
-               .taps = kTaps,
+               .taps = taps,
                .dtype = DType::kBFloat16,
                .z = z.data(),
                .z_stride = kStride,
@@ -260,10 +261,11 @@ void RunMixer(int sessions, int tokens, int replays) {
                .epsilon = {.after = 0, .inside = 1e-5f},
                .out = out.data()};
   const double us = MedianMicroseconds(stream, replays, [&] { return DeltaNetMixer(rows, args, context); });
-  const double bytes = 8.0 * sessions * kSlot + 2.0 * static_cast<double>(N) * (3 * kWidth + kHeads + kWidth);
-  std::printf("{\"case\": \"mixer, %d x %d, 16 heads of 128\", \"us\": %.1f, \"tb_per_s\": %.3f}\n", sessions,
-              tokens, us, bytes / us * 1e-6);
-  if (tokens == 1) {
+  const double bytes = 8.0 * sessions * (taps > 0 ? kSlot : kState) +
+                       2.0 * static_cast<double>(N) * (3 * kWidth + kHeads + kWidth);
+  std::printf("{\"case\": \"mixer%s, %d x %d, 16 heads of 128\", \"us\": %.1f, \"tb_per_s\": %.3f}\n",
+              taps > 0 ? "" : " without convolutions", sessions, tokens, us, bytes / us * 1e-6);
+  if (tokens == 1 && taps == 0) {
     const double copy_us = MedianMicroseconds(stream, replays, [&] {
       CopyStates<<<sessions * kHeads, 256, 0, stream>>>(rows, state, kHeads);
       return LaunchStatus("CopyStates");
@@ -301,8 +303,9 @@ int main(int argc, char** argv) {
   Run("1 x 512, 16 heads of 128", {512}, 16, 128, replays);
   Run("1 x 2048, 16 heads of 128", {2048}, 16, 128, replays);
   Run("2 x 8192, 16 heads of 128", {8192, 8192}, 16, 128, replays);
-  for (const int sessions : {1, 16, 64, 256, 1024}) RunMixer(sessions, 1, replays);
-  RunMixer(64, 8, replays);
-  RunMixer(64, 16, replays);
+  for (const int sessions : {1, 16, 64, 256, 1024}) {
+    for (const int taps : {4, 0}) RunMixer(sessions, 1, taps, replays);
+  }
+  for (const int tokens : {8, 16}) RunMixer(64, tokens, 4, replays);
   return 0;
 }

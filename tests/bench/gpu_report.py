@@ -46,6 +46,7 @@ PREFILL = {
     "8 x 2048, 8 heads of 256": ([2048] * 8, 8, 256),
 }
 DECODE = [64, 256, 1024]
+TOKEN, WHOLE, COPIED = "a token of ", "with convolutions, of ", "their states copied, of "
 PROMPTS = [(8, 2048), (1, 16384), (1, 2048), (1, 512), (64, 64)]
 SESSIONS = [1, 16, 64, 256]
 LAYERS, WIDTH, INTERMEDIATE, VOCABULARY = 24, 2048, 5632, 32000
@@ -121,7 +122,7 @@ class FlashLinearAttention:
             for sessions in DECODE:
                 x = inputs(sessions, 1, HEADS, SIZE)
                 state = torch.randn(sessions, HEADS, SIZE, SIZE, device="cuda")
-                times[f"a token of {sessions}"] = self.both(lambda: fused_recurrent_delta_rule(**x, initial_state=state))
+                times[f"{TOKEN}{sessions}"] = self.both(lambda: fused_recurrent_delta_rule(**x, initial_state=state))
         return times
 
     def model(self):
@@ -136,7 +137,7 @@ class FlashLinearAttention:
             for sessions in SESSIONS:
                 ids = torch.randint(0, VOCABULARY, (sessions, 64), device="cuda")
                 cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
-                times[f"a token of {sessions}"] = self.both(
+                times[f"{TOKEN}{sessions}"] = self.both(
                     lambda: model(ids[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1))
                 del cache
         return times
@@ -159,11 +160,12 @@ def operators(bench):
             continue
         case = json.loads(line)
         seconds = case["us"] / 1e6
-        if case["case"].startswith("mixer, "):
-            if " x 1," in case["case"]:
-                times[f"a token of {case['case'].split()[1]}"] = seconds
+        if case["case"].startswith("mixer"):
+            kind, size = case["case"].split(", ")[:2]
+            if size.endswith(" x 1"):
+                times[(WHOLE if kind == "mixer" else TOKEN) + size.split()[0]] = seconds
         elif case["case"].startswith("states copied, "):
-            times[f"their states copied, {case['case'].split(', ')[1]}"] = seconds
+            times[COPIED + case["case"].split(", ")[1]] = seconds
         elif case["out"] == "bfloat16" or case["case"] not in times:
             times[case["case"]] = seconds
     return times
@@ -199,7 +201,7 @@ def engine(bench, directory):
         if kind == "Prefill":
             times[f"{arguments['B']} x {arguments['T']}"] = seconds
         elif kind == "Generate":
-            times[f"a token of {arguments['N']}"] = seconds
+            times[f"{TOKEN}{arguments['N']}"] = seconds
         elif arguments["in_flight"] == "1":
             streams[int(arguments["N"]), int(arguments["T"])] = seconds
     return times, streams
@@ -220,7 +222,7 @@ def service(folder, large, small):
         for sessions in SESSIONS:
             result = bench(server, "--generate", f"--concurrency={sessions}", f"--connections={min(4, sessions)}",
                            "--prompt-tokens=64", "--output-tokens=512", "--seconds=6")
-            times[f"a token of {sessions}"] = sessions / result["output_tokens_per_second"]
+            times[f"{TOKEN}{sessions}"] = sessions / result["output_tokens_per_second"]
     with programs.Server(folder / "deltanet-server", {"m": small}, "--device=cuda") as server:
         for sessions, tokens in [(1, 1), (1, 16), (16, 16)]:
             result = bench(server, f"--sessions={sessions}", f"--chunk={tokens}", "--duration=3s")
@@ -249,9 +251,12 @@ def operator_bytes(case):
     if case in PREFILL:
         lengths, heads, size = PREFILL[case]
         return sum(lengths) * heads * (4 * size + 1) * 2 + 8 * len(lengths) * heads * size * size
-    # The convolutions' tails too, for the mixer has them: 3 inputs of 3 x 2048 channels, in bfloat16.
-    sessions, states = int(case.split()[-1]), 8 * HEADS * SIZE * SIZE
-    return sessions * (states if "copied" in case else states + 4 * 3 * 3 * WIDTH + 2 * 4 * WIDTH)
+    sessions, moved = int(case.split()[-1]), 8 * HEADS * SIZE * SIZE
+    if not case.startswith(COPIED):
+        moved += 2 * 4 * WIDTH
+    if case.startswith(WHOLE):  # The convolutions remember 3 inputs of 3 x 2048 channels, in bfloat16.
+        moved += 4 * 3 * 3 * WIDTH
+    return sessions * moved
 
 
 def model_floor(case, limit):
@@ -281,9 +286,9 @@ def main():
     if "operators" in parts:
         ours = operators(options.programs / "delta_rule_cuda_bench")
         fla = theirs.operators() if theirs else {}
-        rows = [*PREFILL, *(f"{work}{sessions}" for sessions in DECODE for work in ("a token of ", "their states copied, "))]
-        show("The delta rule alone; of a token the whole mixer (for flash-linear-attention the delta rule), and what a plain "
-             "copy of the same states from slot to slot takes", "us", rows, ours,
+        rows = [*PREFILL, *(f"{work}{sessions}" for sessions in DECODE for work in (TOKEN, WHOLE, COPIED))]
+        show("The delta rule alone, with L2 norms; of a token the mixer without its convolutions, which has the output norm "
+             "too, then with them, and what a plain copy of the same states from slot to slot takes", "us", rows, ours,
              fla, None, lambda case: operator_bytes(case) / limit["bytes"] if limit else None)
         layer = of_a_layer(options.programs / "ops_cuda_bench")
         found["operators"] = {"ours": ours, "theirs": fla, "of a layer": layer}
@@ -297,7 +302,7 @@ def main():
             ours, steps = engine(options.programs / "engine_bench", large) if "engine" in parts else ({}, {})
             served, chunks = service(options.programs, large, small) if "service" in parts else ({}, {})
         fla = theirs.model() if theirs and "engine" in parts else {}
-        rows = [*(f"{b} x {t}" for b, t in PROMPTS), *(f"a token of {n}" for n in SESSIONS)]
+        rows = [*(f"{b} x {t}" for b, t in PROMPTS), *(f"{TOKEN}{n}" for n in SESSIONS)]
         show("The 1.3B model: prompts, and a token of N sessions", "ms", rows, ours, fla, served,
              lambda case: model_floor(case, limit) if limit else None)
         for (sessions, tokens), seconds in chunks.items():

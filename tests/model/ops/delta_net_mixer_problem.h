@@ -276,6 +276,7 @@ inline void ForEachDeltaNetMixer(absl::FunctionRef<void(const DeltaNetMixerCase&
   run({.front = {.heads = 1, .key_dim = 64, .value_dim = 64, .activation = QkActivation::kRelu}});
   run({.front = {.heads = 2, .key_dim = 64, .value_dim = 64, .taps = 3}});
   run({.front = {.heads = 2, .key_dim = 64, .value_dim = 64, .taps = 0}});
+  run({.front = {.heads = 2, .key_dim = 128, .value_dim = 128, .taps = 0}, .has_gate = true});
   run({.front = {.heads = 2, .key_dim = 64, .value_dim = 128}});
   run({.front = {.heads = 2, .key_dim = 20, .value_dim = 12}, .has_gate = true});
   run({.front = {.heads = 2, .key_dim = 64, .value_dim = 64}, .norm_per_head = false});
