@@ -193,6 +193,9 @@ __device__ inline void ClusterBarrier() {
       "barrier.cluster.wait.acquire;" ::
           : "memory");
 }
+// Its two halves, for blocks that have written nothing but their barriers yet.
+__device__ inline void ClusterArrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+__device__ inline void ClusterWait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 // The same for what they wrote into their own blocks' shared memory alone: it does not wait for the device's.
 __device__ inline void ClusterBarrierOfShared() {
   asm volatile(
@@ -217,6 +220,14 @@ __device__ inline void CopyToBlock(uint32_t to, uint32_t from, int bytes, uint32
   asm volatile(
       "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
       "r"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+// Queues 16 bytes to another block's memory, on whose barrier they count; likewise. Only of a cluster of more
+// than one block.
+__device__ inline void StoreToBlock(uint32_t to, const float4& x, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+      "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(barrier)
       : "memory");
 }
 // Four floats that the cluster's block `rank` has where this block has `address`.

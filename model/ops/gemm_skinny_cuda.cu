@@ -5,15 +5,22 @@
 // them). A block has 128 rows of b and all tokens; two warpgroups multiply, 64 rows each. One thread of a
 // further warp queues the copies of b and one of the next warp those of a, in steps of 64 elements of k, into
 // a ring in shared memory: 16 KiB of b and up to 16 KiB of a a step, at most 112 KiB, so that two blocks fit
-// a multiprocessor. Of b no more than 48 KiB a block are on their way, which is enough for the memory: all
-// else that a block waits for comes out of the L2, and queues behind them; and no more than 32 KiB while the
-// ring is filled for the first time, for behind these queue the last values of the kernel before, which ends
-// the later. The second of the two warps finds the norm's factors as well. Where b has fewer tiles than would
-// fill the device, 2, 4 or 8 blocks share a tile, each a part of k; they are a cluster, each leaves its sums
-// in its shared memory, and each adds up a part of the tokens, of all blocks in the order of their ranks. So
-// there are no atomics and no workspace, and the same operands give the same bits. Then a warp has a token's
-// 128 sums, four a lane, which it stores, or adds to the residual stream and squares, or gates: for that the
-// tile is 64 rows of the first half of b and the 64 that belong to them of the second.
+// a multiprocessor. Of b no more than 48 KiB a block (64 of up to 16 tokens) are on their way, which is
+// enough for the memory: all else that a block waits for comes out of the L2, and queues behind them; and no
+// more than 32 KiB while the ring is filled for the first time, for behind these queue the last values of the
+// kernel before, which ends the later. The second of the two warps finds the norm's factors as well. Where b
+// has fewer tiles than would fill the device, 2, 4 or 8 blocks share a tile, each a part of k; they are a
+// cluster, and each adds up a part of the tokens, of all blocks in the order of their ranks. So there are no
+// atomics and no workspace, and the same operands give the same bits. Then a warp has a token's 128 sums,
+// four a lane, which it stores, or adds to the residual stream and squares, or gates: for that the tile is 64
+// rows of the first half of b and the 64 that belong to them of the second.
+//
+// The way of the sums. Of up to 16 tokens each lane sends four a store to the block that adds them up, into a
+// stage of that block's ring that is not filled any more, where a barrier counts their bytes. Before, every
+// block has told the others that the stage is free, which it is some steps before the end; nobody waits for
+// the cluster, neither before the adding nor at the end. Of more tokens, where so many small packets take
+// longer (9.5 instead of 6.1 us for the second line below and 64 tokens, 8 bytes a store), a block leaves its
+// sums in its own ring's place, the cluster meets, and the others fetch them, and meet again before they go.
 //
 // The kernel begins while the one before it still runs (LaunchOverlapping): the ring is filled with b, which
 // is constant; then it waits for its tokens. It lets the next one begin when it has asked for its last steps
@@ -25,26 +32,26 @@
 // another matrix, with what surrounds them in a layer, in us, against b at 4.25 TB/s:
 //
 //   n, k, then         floor   m = 1     16     64    128
-//   6160, 2048           5.9     7.5    8.2   10.1   15.3
-//   2048, 2048, add      2.0     3.8    4.0    5.7    9.2
-//   11264, 2048, gate   10.9    13.3   13.9   16.1   20.8
-//   2048, 5632, add      5.4     7.7    7.9   10.4   14.8
-//   32000, 2048         30.8    32.1   32.9   35.5   39.1
+//   6160, 2048           5.9     7.0    7.6   10.4   15.3
+//   2048, 2048, add      2.0     3.5    4.1    5.8    9.2
+//   11264, 2048, gate   10.9    12.8   13.5   16.3   20.8
+//   2048, 5632, add      5.4     7.4    7.9    9.9   14.8
+//   32000, 2048         30.8    31.8   32.8   35.9   39.1
 //
-// Since then 32 instead of 48 KiB are on their way at first, and stages are freed a step earlier: a step of
-// the 1.3B model for 1, 16, 64 sessions takes 0.95, 1.20, 2.17 ms instead of 0.99, 1.23, 2.19 (with the mixer
-// as it was). ncu, the first line alone, with nothing to begin behind, m = 1: 11.8 us at 45 % of the memory's
-// peak.
+// A step of the 1.3B model for 1 and 16 sessions takes 0.85 and 1.13 ms; with sums left and fetched at 1 and
+// 16 tokens too it was 0.92 and 1.16 (the first line's 7.7 and 7.9). ncu, the first line alone, with nothing
+// to begin behind, m = 1, sums fetched: 11.8 us at 45 % of the memory's peak.
 //
-// What is missing is the chain from the end of one to the products of the next, 3.8 us with one token (the
-// second line is nothing else) and 6 with 64, of which the ring covers some 2. With a barrier that waits for
-// the device's memory too, before the sums are added up, each took 0.3 to 1 us more. Tried and no gain: one
-// block a multiprocessor, so that the next kernel's fits beside; tokens copied to two or four blocks of a
-// cluster at once; sums copied in bulk to the block that adds them up; what the next kernel's ring does not
-// hold brought into the L2 meanwhile (2 to 4 us a layer worse for 10 to 20 MB); blocks of 128 or 192 rows,
-// never more than there are multiprocessors, so that all of the next kernel's fit beside (4 % worse at 64
-// tokens); clusters of at most four; one kernel for the four, whose ring runs on over barriers of the whole
-// grid (51 us with one token, 68 with 64).
+// What is missing is the chain from the end of one to the products of the next, some 3 us with one token (the
+// second line is nothing else) and 6 with 64, of which the ring covers some 2. Of 64 tokens the fetching of
+// the sums is 1 us of each product but the gated one, the products 0.5, the tokens' bytes nothing. With a
+// barrier that waits for the device's memory too, before the sums are added up, each took 0.3 to 1 us more.
+// Tried and no gain: one block a multiprocessor, so that the next kernel's fits beside; tokens copied to two
+// or four blocks of a cluster at once; five instead of four stages for 64 tokens; sums copied in bulk to the
+// block that adds them up; what the next kernel's ring does not hold brought into the L2 meanwhile (2 to 4 us
+// a layer worse for 10 to 20 MB); blocks of 128 or 192 rows, never more than there are multiprocessors, so
+// that all of the next kernel's fit beside (4 % worse at 64 tokens); clusters of at most four; one kernel for
+// the four, whose ring runs on over barriers of the whole grid (51 us with one token, 68 with 64).
 #include <algorithm>
 #include <cstdint>
 
@@ -93,21 +100,38 @@ struct Layout {
   static constexpr int kRowsBytes = kRows * kStep * 2, kTokensBytes = kTokens * kStep * 2;
   static constexpr int kStageBytes = kRowsBytes + kTokensBytes;
   static constexpr int kStages = (112 * 1024 - 4 * kTokens - 256) / kStageBytes;
-  static constexpr int kAtFirst = 2, kOnTheirWay = 3;     // Steps of b, at most.
-  static constexpr int kFactors = kStages * kStageBytes;  // [kTokens] Floats.
+  // Whether sums are sent to the block that adds them up. Each store is a packet of its own: of 32 tokens and
+  // more they are left where they are made, for that block to fetch.
+  static constexpr bool kSends = kTokens <= 16;
+  static constexpr int kAtFirst = 2, kOnTheirWay = kSends ? 4 : 3;  // Steps of b, at most.
+  static constexpr int kFactors = kStages * kStageBytes;            // [kTokens] Floats.
   static constexpr int kBarriers = kFactors + 4 * kTokens;
-  static constexpr int kBytes = kBarriers + 24 * kStages;
+  static constexpr int kBytes = kBarriers + 24 * kStages + 16;
   static_assert(kTokens * kPitch * 4 <= kFactors, "the sums take the ring's place");
   static_assert(kOnTheirWay <= kStages);
+  static_assert(!kSends || kTokens * kRows * 4 <= kRowsBytes, "what is sent takes a stage's place");
 
   __device__ static uint32_t Rows(uint32_t base, int slot) { return base + slot * kStageBytes; }
   __device__ static uint32_t Tokens(uint32_t base, int slot) { return Rows(base, slot) + kRowsBytes; }
   __device__ static uint32_t RowsThere(uint32_t base, int slot) { return base + kBarriers + 24 * slot; }
   __device__ static uint32_t TokensThere(uint32_t base, int slot) { return RowsThere(base, slot) + 8; }
   __device__ static uint32_t Free(uint32_t base, int slot) { return RowsThere(base, slot) + 16; }
+  // All blocks of the cluster have room for what they are sent; all sums have come.
+  __device__ static uint32_t Room(uint32_t base) { return RowsThere(base, kStages); }
+  __device__ static uint32_t SumsThere(uint32_t base) { return Room(base) + 8; }
+  // Where a block of `steps` steps has the `i`-th [kRows] of the sums that it is sent: in the stage that
+  // would come next.
+  __device__ static uint32_t Sent(uint32_t base, int steps, int i) {
+    return Rows(base, steps % kStages) + i * (4 * kRows);
+  }
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// Of block `rank` of `blocks`.
+__device__ inline int FirstStep(const Problem& problem, int rank, int blocks) {
+  return problem.steps * rank / blocks;
+}
 
 // By one thread: b's part in steps [first, first + steps) of row tile `tile` into the ring.
 template <int kTokens>
@@ -143,6 +167,24 @@ __device__ inline void ProduceTokens(const CUtensorMap* tokens, uint32_t base, i
   }
 }
 
+// By one thread: expects the sums that the block adds up.
+template <int kTokens>
+__device__ inline void ExpectSums(const Problem& problem, uint32_t base, int rank, int blocks) {
+  const int share = kTokens / blocks, tokens = max(0, min(share, problem.m - rank * share));
+  BarrierArriveExpecting(Layout<kTokens>::SumsThere(base), (blocks - 1) * tokens * kRows * 4);
+}
+
+// By one thread, after the last tokens have been asked for: tells the cluster's blocks that what they send
+// finds room.
+template <int kTokens>
+__device__ inline void MakeRoom(uint32_t base, int blocks, int steps) {
+  using L = Layout<kTokens>;
+  const int last = steps - L::kStages;  // That had the stage.
+  if (last >= 0) BarrierWait(L::Free(base, last % L::kStages), (last / L::kStages) & 1);
+  if (blocks == 1) return BarrierArrive(L::Room(base));
+  for (int block = 0; block < blocks; ++block) BarrierArriveThere(InBlock(L::Room(base), block), 1);
+}
+
 // By a warp: the factors of the tokens' RMSNorms, a lane a token.
 template <int kTokens>
 __device__ inline void FindFactors(const Problem& problem, float* factors) {
@@ -165,13 +207,10 @@ __device__ inline void FindFactors(const Problem& problem, float* factors) {
   }
 }
 
-// By warpgroup `group`: the sums of its 64 rows and all tokens over the block's steps, into shared memory,
-// [token, row], in the ring's place.
+// By warpgroup `group`: the sums of its 64 rows and all tokens over the block's steps.
 template <int kTokens>
-__device__ inline void Multiply(uint32_t base, float* sums_of_block, int group, int steps) {
+__device__ inline void Multiply(uint32_t base, int group, int steps, float (&sums)[kTokens / 2]) {
   using L = Layout<kTokens>;
-  const int thread = threadIdx.x % 128, lane = thread % 32;
-  float sums[kTokens / 2];
   for (int step = 0; step < steps; ++step) {
     const int slot = step % L::kStages;
     BarrierWait(L::RowsThere(base, slot), (step / L::kStages) & 1);
@@ -185,9 +224,15 @@ __device__ inline void Multiply(uint32_t base, float* sums_of_block, int group, 
     }
     AsyncProductsEnd();
     AsyncProductsWait<0>();
-    if (lane == 0) BarrierArrive(L::Free(base, slot));
+    if (threadIdx.x % 32 == 0) BarrierArrive(L::Free(base, slot));
   }
   Pin(sums);
+}
+
+// By both warpgroups: their sums into shared memory, [token, row], in the ring's place.
+template <int kTokens>
+__device__ inline void LeaveSums(const float (&sums)[kTokens / 2], float* sums_of_block, int group) {
+  const int thread = threadIdx.x % 128, lane = thread % 32;
   NamedBarrier(1, 128 * kConsumers);  // The other warpgroup still reads the ring.
   const int row = 64 * group + thread / 32 * 16 + lane / 4;
 #pragma unroll
@@ -200,11 +245,50 @@ __device__ inline void Multiply(uint32_t base, float* sums_of_block, int group, 
   }
 }
 
+// By a warp: its sums to the blocks that add them up.
+template <int kTokens, int kBlocks>
+__device__ inline void SendSums(const Problem& problem, const float (&sums)[kTokens / 2], uint32_t base,
+                                unsigned char* memory, int group, int rank) {
+  using L = Layout<kTokens>;
+  constexpr int kShare = kTokens / kBlocks;
+  const int thread = threadIdx.x % 128, lane = thread % 32;
+  const bool odd = lane & 4, upper = lane & 8;
+  const auto from_lane = [](int distance, float x) { return __shfl_xor_sync(0xffffffffu, x, distance); };
+  if (kBlocks > 1) ClusterWait();
+  BarrierWait(L::Room(base), 0);
+#pragma unroll
+  for (int i = 0; i < kTokens / 8; ++i) {
+    // Two tokens, rows r and r + 8. Lanes of rows r and r ^ 1 swap tokens, then those of r and r ^ 2 halves:
+    // then a lane has four neighbouring rows of one token.
+    const float* const x = sums + 4 * i;
+    const float first = from_lane(4, odd ? x[0] : x[1]), second = from_lane(4, odd ? x[2] : x[3]);
+    const float2 low = odd ? make_float2(first, x[1]) : make_float2(x[0], first);
+    const float2 high = odd ? make_float2(second, x[3]) : make_float2(x[2], second);
+    const float2 got =
+        make_float2(from_lane(8, upper ? low.x : high.x), from_lane(8, upper ? low.y : high.y));
+    const float4 four =
+        upper ? make_float4(got.x, got.y, high.x, high.y) : make_float4(low.x, low.y, got.x, got.y);
+    const int token = 8 * i + lane % 4 * 2 + (odd ? 1 : 0), owner = token / kShare;
+    if (token >= problem.m) continue;
+    const int steps = FirstStep(problem, owner + 1, kBlocks) - FirstStep(problem, owner, kBlocks);
+    const int row = 64 * group + thread / 32 * 16 + (upper ? 8 : 0) + lane / 16 * 4;
+    const uint32_t at = L::Sent(0, steps, rank * kShare + token % kShare) + 4 * row;
+    if (owner == rank) {
+      *reinterpret_cast<float4*>(memory + at) = four;
+    } else {
+      StoreToBlock(InBlock(base + at, owner), four, InBlock(L::SumsThere(base), owner));
+    }
+  }
+  __syncwarp();
+  if (lane == 0) BarrierArrive(L::SumsThere(base));
+}
+
 // By all threads of the block: what becomes of its part of the tile's tokens, a warp each, when the cluster's
-// blocks have left their sums. A lane has as many of these on their way as there may be blocks.
+// blocks have sent or left their sums. Of those left a lane has as many on their way as there may be blocks.
 template <int kTokens, Then kThen, typename C, int kBlocks>
-__device__ inline void Finish(const Problem& problem, uint32_t base, const float* factors, int tile,
-                              int rank) {
+__device__ inline void Finish(const Problem& problem, uint32_t base, const unsigned char* memory, int tile,
+                              int rank, int steps) {
+  using L = Layout<kTokens>;
   constexpr int kWarps = 4 * kConsumers, kShare = kTokens / kBlocks;
   constexpr int kAtOnce =
       kShare < kWarps ? 1 : std::min(kShare / kWarps, kMostBlocks / kBlocks);  // Of a warp.
@@ -213,6 +297,7 @@ __device__ inline void Finish(const Problem& problem, uint32_t base, const float
   int token = warp < kWarps ? rank * kShare + warp : end;
   const int column = kThen == Then::kGate ? tile * (kRows / 2) + 4 * (lane % 16) : tile * kRows + 4 * lane;
   const bool inside = column < problem.columns;
+  const float* const factors = reinterpret_cast<const float*>(memory + L::kFactors);
   float x[kAtOnce][4] = {}, scale[4] = {};
   const auto fetch = [&] {
 #pragma unroll
@@ -226,7 +311,11 @@ __device__ inline void Finish(const Problem& problem, uint32_t base, const float
     AwaitEarlier();
     fetch();
   }
-  ClusterBarrierOfShared();
+  if constexpr (L::kSends) {
+    BarrierWait(L::SumsThere(base), 0);
+  } else {
+    ClusterBarrierOfShared();
+  }
   for (; token < end; token += kAtOnce * kWarps) {
     if (kThen == Then::kAdd && token >= rank * kShare + kAtOnce * kWarps) fetch();
     float4 parts[kAtOnce][kBlocks];
@@ -234,8 +323,13 @@ __device__ inline void Finish(const Problem& problem, uint32_t base, const float
     for (int t = 0; t < kAtOnce; ++t) {
 #pragma unroll
       for (int r = 0; r < kBlocks; ++r) {
-        const int place = min(token + t * kWarps, kTokens - 1) * kPitch + 4 * lane;
-        parts[t][r] = LoadFromBlock(base + place * static_cast<int>(sizeof(float)), r);
+        const int i = min(token + t * kWarps, kTokens - 1);
+        if constexpr (L::kSends) {
+          const uint32_t at = L::Sent(0, steps, (r - rank) * kShare + i);
+          parts[t][r] = *reinterpret_cast<const float4*>(memory + at + 16 * lane);
+        } else {
+          parts[t][r] = LoadFromBlock(base + 4 * (i * kPitch + 4 * lane), r);
+        }
       }
     }
 #pragma unroll
@@ -286,7 +380,7 @@ __device__ inline void Finish(const Problem& problem, uint32_t base, const float
       }
     }
   }
-  if (kBlocks > 1) ClusterBarrier();  // The others still read this block's sums.
+  if (!L::kSends && kBlocks > 1) ClusterBarrier();  // The others still read this block's sums.
 }
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
@@ -305,22 +399,41 @@ __global__ void __launch_bounds__(kThreads, 2)
       BarrierInit(L::TokensThere(base, slot), 1);
       BarrierInit(L::Free(base, slot), 4 * kConsumers);
     }
+    if (L::kSends) {
+      BarrierInit(L::Room(base), ClusterBlocks());
+      BarrierInit(L::SumsThere(base), 1 + 4 * kConsumers);
+    }
     BarrierInitFence();
   }
   __syncthreads();
-
   const int blocks = ClusterBlocks(), rank = ClusterRank();
+  // Waited for before anything is sent. A block that is no cluster's may not.
+  if (L::kSends && blocks > 1) ClusterArrive();
+
   const int tile = static_cast<int>(blockIdx.x) / blocks;
-  const int first = problem.steps * rank / blocks, steps = problem.steps * (rank + 1) / blocks - first;
+  const int first = FirstStep(problem, rank, blocks), steps = FirstStep(problem, rank + 1, blocks) - first;
   if (steps <= StepsLeft(kTokens)) LetNextBegin();
   // Nobody gets past the products before the tokens are there, so before AwaitEarlier is past.
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
-  float* const factors = reinterpret_cast<float*>(memory + L::kFactors);
   if (warp < 4 * kConsumers) {
-    Multiply<kTokens>(base, reinterpret_cast<float*>(memory), warp / 4, steps);
+    const int group = warp / 4;
+    float sums[kTokens / 2];
+    Multiply<kTokens>(base, group, steps, sums);
+    if constexpr (!L::kSends) {
+      LeaveSums<kTokens>(sums, reinterpret_cast<float*>(memory), group);
+    } else if (blocks == 1) {
+      SendSums<kTokens, 1>(problem, sums, base, memory, group, rank);
+    } else if (blocks == 2) {
+      SendSums<kTokens, 2>(problem, sums, base, memory, group, rank);
+    } else if (blocks == 4) {
+      SendSums<kTokens, 4>(problem, sums, base, memory, group, rank);
+    } else {
+      SendSums<kTokens, kMostBlocks>(problem, sums, base, memory, group, rank);
+    }
   } else if (warp == 4 * kConsumers) {
     if (threadIdx.x % 32 == 0) ProduceRows<kTokens>(&rows, problem, base, tile, first, steps);
     __syncwarp();
+    if (L::kSends && blocks > 1) ClusterWait();
   } else {
     const bool copies = threadIdx.x % 32 == 0;
     const int before = min(steps, 2 * L::kStages);  // Later on a pause is not noticed.
@@ -330,20 +443,25 @@ __global__ void __launch_bounds__(kThreads, 2)
     AwaitEarlier();
     if (copies) ProduceTokens<kTokens>(&tokens, base, first, 0, before);
     __syncwarp();
-    if (problem.squares != nullptr) FindFactors<kTokens>(problem, factors);
+    if (problem.squares != nullptr)
+      FindFactors<kTokens>(problem, reinterpret_cast<float*>(memory + L::kFactors));
     __syncwarp();
+    if (L::kSends && copies) ExpectSums<kTokens>(problem, base, rank, blocks);
     if (copies) ProduceTokens<kTokens>(&tokens, base, first, before, steps);
+    __syncwarp();
+    if (L::kSends && blocks > 1) ClusterWait();
+    if (L::kSends && copies) MakeRoom<kTokens>(base, blocks, steps);
     __syncwarp();
   }
   switch (blocks) {
     case 1:
-      return Finish<kTokens, kThen, C, 1>(problem, base, factors, tile, rank);
+      return Finish<kTokens, kThen, C, 1>(problem, base, memory, tile, rank, steps);
     case 2:
-      return Finish<kTokens, kThen, C, 2>(problem, base, factors, tile, rank);
+      return Finish<kTokens, kThen, C, 2>(problem, base, memory, tile, rank, steps);
     case 4:
-      return Finish<kTokens, kThen, C, 4>(problem, base, factors, tile, rank);
+      return Finish<kTokens, kThen, C, 4>(problem, base, memory, tile, rank, steps);
     default:
-      return Finish<kTokens, kThen, C, kMostBlocks>(problem, base, factors, tile, rank);
+      return Finish<kTokens, kThen, C, kMostBlocks>(problem, base, memory, tile, rank, steps);
   }
 #endif
 }
