@@ -35,6 +35,9 @@ absl::Status GemmGatedCuda(const FusedGemmArgs& args, void* stream);
 // Whether it has made the product, or left it alone, for there is no kernel to be preferred; on the current device, of
 // which `cublas_lt` is a cublasLtHandle_t.
 absl::StatusOr<bool> GemmLtCuda(const GemmArgs& args, void* cublas_lt, void* stream);
+// Whether GemmSmallCuda is to be preferred for this product.
+bool GemmSmallCudaTakes(const GemmArgs& args);
+absl::Status GemmSmallCuda(const GemmArgs& args, void* stream);
 absl::Status AddRmsNormCuda(const AddRmsNormArgs& args, void* stream);
 absl::Status GatedUnitCuda(const GatedUnitArgs& args, void* stream);
 absl::Status OutputNormCuda(const OutputNormArgs& args, void* stream);

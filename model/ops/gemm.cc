@@ -1,11 +1,12 @@
-// Products go to LibTorch's library (cuBLAS, MKL), but for some. On a GPU those in bfloat16 of few rows, where
-// there is our kernel (gemm_skinny_cuda.cu), and those of many, where the library is told which kernel to take
-// (gemm_lt_cuda.cu), or the kernel is ours since a gate follows (gemm_gated_cuda.cu). On the CPU those in a
-// fixed order, whose rows' bits must not depend on their number: those of MKL's do (by the kernel, which it
-// chooses by m; by where in a block a row stands, where n < 12 and rows are no multiple of 16 bytes); and
-// those of few rows, which are in that order too, for where matrices are small it is faster: a step of
-// TransformerDeltaNet(64, num_layers=6) for 1 and 16 tokens took 19 and 440 us instead of 56 and 615 (2 cores
-// with AVX-512), and where they are large as fast (64 rows and large ones took 1.7 times as long).
+// Products go to LibTorch's library (cuBLAS, MKL), but for some. On a GPU those in bfloat16 of few rows,
+// where there is our kernel (gemm_skinny_cuda.cu), and those of many, where the library is told which kernel
+// to take (gemm_lt_cuda.cu), or the kernel is ours since a gate follows (gemm_gated_cuda.cu); and those in
+// float32 that are small (gemm_small_cuda.cu). On the CPU those in a fixed order, whose rows' bits must not
+// depend on their number: those of MKL's do (by the kernel, which it chooses by m; by where in a block a row
+// stands, where n < 12 and rows are no multiple of 16 bytes); and those of few rows, which are in that order
+// too, for where matrices are small it is faster: a step of TransformerDeltaNet(64, num_layers=6) for 1 and
+// 16 tokens took 19 and 440 us instead of 56 and 615 (2 cores with AVX-512), and where they are large as fast
+// (64 rows and large ones took 1.7 times as long).
 //
 // Tiling of the latter: rows in blocks that stay in the L2, columns in blocks of kBlockColumns, and such
 // pairs of blocks shared out to the threads. Within a pair a tile of 3 x 4 sums (6 x 4 with AVX-512), a
@@ -136,6 +137,7 @@ absl::Status Gemm(const GemmArgs& args, const OpContext& context) {
   }
 #ifdef DELTANET_CUDA
   if (!on_cpu) {
+    if (GemmSmallCudaTakes(args)) return GemmSmallCuda(args, context.stream);
     ASSIGN_OR_RETURN(const bool made, GemmLtCuda(args, at::cuda::getCurrentCUDABlasLtHandle(), context.stream));
     if (made) return absl::OkStatus();
   }

@@ -13,14 +13,18 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <random>
+#include <string>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "model/base/round_up.h"
 #include "model/device.h"
 #include "model/ops/cuda_util.cuh"
 #include "model/ops/elementwise.h"
 #include "model/ops/gemm.h"
 #include "model/ops/output_norm.h"
+#include "model/ops/readout.h"
 #include "model/ops/rms_norm.h"
 #include "model/ops/short_conv.h"
 #include "tests/bench/cuda_bench_util.cuh"
@@ -31,7 +35,7 @@ namespace {
 constexpr int64_t kD = 2048, kHeads = 16, kSize = 128, kF = 5632, kTaps = 4;
 constexpr int64_t kQkv = 3 * kD, kGate = kQkv + kHeads;
 constexpr int64_t kZStride = RoundUp(kGate + kD, 64), kOutStride = RoundUp(kGate, 64);
-constexpr int64_t kMostFusedTokens = 128;
+constexpr int64_t kMostFusedTokens = 128, kVocabulary = 32000;
 constexpr int64_t kMatrixBytes = int64_t{512} << 20;  // Of weights: many times the L2.
 constexpr Device kDevice = {.type = DeviceType::kCuda, .index = 0};
 constexpr RmsEpsilon kNormEpsilon = {.after = 0.0f, .inside = 1e-5f};
@@ -186,6 +190,29 @@ class Bench {
     Print(op, turn[0].gemm.m, us / static_cast<double>(turns), bytes);
   }
 
+  // In float32, m rows times one matrix [n, k] again and again: as in a step of a narrow model it is in the
+  // L2.
+  void SmallProduct(int64_t m, int64_t n, int64_t k) {
+    const GemmArgs args{.m = m,
+                        .n = n,
+                        .k = k,
+                        .a = x_.data(),
+                        .lda = k,
+                        .b = wide_.data(),
+                        .ldb = k,
+                        .c = gated_.data(),
+                        .ldc = n};
+    constexpr int kTimes = 20;
+    const double us = MedianMicroseconds(stream(), replays_, [&]() -> absl::Status {
+      for (int i = 0; i < kTimes; ++i) {
+        if (absl::Status status = Gemm(args, context()); !status.ok()) return status;
+      }
+      return absl::OkStatus();
+    });
+    const std::string op = absl::StrCat("float32 product of a narrow layer, ", n, " x ", k);
+    Print(op.c_str(), m, us / kTimes, 4.0 * static_cast<double>(n * k + m * k + m * n));
+  }
+
   void GatedProduct(int64_t m) {
     Products("product to gate and up, gated", {Fused(m, 2 * kF, kD, FusedGemmArgs::Then::kGate, false)});
   }
@@ -201,7 +228,28 @@ class Bench {
     Products("product to gate and up", {ff_in});
     Products("product down", {ff_out});
     Products("these four in turn", {qkv, out, ff_in, ff_out});
-    Products("product to logits", {Fused(m, 32000, kD, Then::kStore, false)});
+    Products("product to logits", {Fused(m, kVocabulary, kD, Then::kStore, false)});
+  }
+
+  // M rows of normal logits, which a step has in the L2 when it reads them, as here.
+  void ReadoutOf(const char* op, int64_t M, const ReadoutRequest& request) {
+    std::vector<float> host(M * kVocabulary);
+    std::mt19937 random(1);
+    std::normal_distribution<float> normal;
+    for (float& logit : host) logit = normal(random);
+    const Array<float> logits(host), log_probs(M), top_log_probs(M * kMaxTopTokens);
+    const Array<int32_t> ids(M), top_ids(M * kMaxTopTokens);
+    const Array<ReadoutRequest> requests(std::vector<ReadoutRequest>(M, request));
+    const ReadoutArgs args{.rows = M,
+                           .vocabulary = kVocabulary,
+                           .logits = logits.data(),
+                           .logits_stride = kVocabulary,
+                           .requests = requests.data(),
+                           .ids = ids.data(),
+                           .log_probs = log_probs.data(),
+                           .top_ids = top_ids.data(),
+                           .top_log_probs = top_log_probs.data()};
+    Measure(op, M, 4.0 * kVocabulary * M, [&] { return Readout(args, context()); });
   }
 
   // R rows of T tokens.
@@ -295,6 +343,10 @@ int main(int argc, char** argv) {
     bench.GatedProduct(m);
     bench.Product("product down", m, deltanet::kD, deltanet::kF, /*accumulate=*/true);
   }
+  for (const int64_t m : {1, 16, 64, 256}) {
+    bench.SmallProduct(m, 193, 192);
+    bench.SmallProduct(m, 64, 64);
+  }
   for (const int64_t tokens : {1, 32, 256, 2048, 16384}) {
     bench.Norm(tokens);
     bench.Gated(tokens);
@@ -303,5 +355,14 @@ int main(int argc, char** argv) {
     if (tokens > 1) bench.Conv(1, tokens);
   }
   bench.Conv(8, 2048);
+  for (const int64_t rows : {64, 256}) {
+    bench.ReadoutOf("readout, the likeliest", rows, {.sample = 1});
+    bench.ReadoutOf("readout, sampled", rows, {.sample = 1, .temperature = 1});
+    bench.ReadoutOf("readout, sampled of the likeliest 50", rows,
+                    {.sample = 1, .temperature = 1, .top_k = 50});
+    bench.ReadoutOf("readout, sampled of 0.9 of the mass", rows,
+                    {.sample = 1, .temperature = 1, .top_p = 0.9f});
+    bench.ReadoutOf("readout, the likeliest 64", rows, {.top = 64});
+  }
   return 0;
 }
