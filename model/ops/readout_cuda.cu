@@ -13,6 +13,20 @@
 // with one such block holds rows of some 50,000. So 256 rows of 32000 have a floor of 33 MB, 10 us at 3.3
 // TB/s; a walk with exponentials takes about 25 instructions a logit, 4 us a row where an SM has two rows.
 //
+// On an H200 (27 November 2026), 32000 normal logits a row that are in the L2, us (ops_cuda_bench), and ncu's
+// with cold caches, with its share of the memory's peak:
+//
+//                           64 rows                   256 rows
+//   the likeliest           10.2     10.5 at 16 %     15.1     17.6 at 39 %
+//   sampled                 17.7     17.9     10      28.6     30.8     22
+//   of the likeliest 50     26.4     27.2      6      42.8     45.1     15
+//   of 0.9 of the mass      45.7     50.5      3      72.9     74.9      9
+//   the likeliest 64        23.1     23.2      7      36.0     38.7     18
+//
+// With 64 rows half of the multiprocessors have nothing to do, and the others one block, which issues in 40
+// to 54 % of the cycles: a walk ends with a barrier, and a sum or a count over the block. With 256 rows two
+// blocks make it 45 to 66 %. The product before this takes 35 us or more.
+//
 // Selection is by radix: a walk counts, in shared memory, the logits (top, top_k) or adds up their masses
 // (top_p) for each value of the next 11 bits of their rank's upper word among those that agree with the edge
 // so far. The edge is then at most one logit's bits, and of the ids that have these the lowest are kept.
