@@ -342,7 +342,7 @@ __device__ inline void AsyncProduct(float* d, const uint32_t* a, uint32_t b, boo
 // The same with A in shared memory, both by rows.
 template <int N = 64>
 __device__ inline void AsyncProductShared(float* d, uint32_t a, uint32_t b, bool add) {
-  static_assert(N == 8 || N == 16 || N == 32 || N == 64 || N == 128 || N == 176);
+  static_assert(N == 8 || N == 16 || N == 32 || N == 48 || N == 64 || N == 96 || N == 128 || N == 176);
   if constexpr (N == 8) {
     asm volatile(
         "{.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %7, 0;\n"
@@ -370,6 +370,16 @@ __device__ inline void AsyncProductShared(float* d, uint32_t a, uint32_t b, bool
         "}, a, b, p, 1, 1, 0, 0;}\n"
         : DELTANET_F8(0), DELTANET_F8(8)
         : "r"(a), "r"(b), "r"(kTileHigh), "r"(int{add}));
+  } else if constexpr (N == 48) {
+    asm volatile(
+        "{.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %27, 0;\n"
+        "mov.b64 a, {%24, %26};\nmov.b64 b, {%25, %26};\n"
+        "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+        "%20, %21, %22, %23"
+        "}, a, b, p, 1, 1, 0, 0;}\n"
+        : DELTANET_F8(0), DELTANET_F8(8), DELTANET_F8(16)
+        : "r"(a), "r"(b), "r"(kTileHigh), "r"(int{add}));
   } else if constexpr (N == 64) {
     asm volatile(
         "{.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %35, 0;\n"
@@ -379,6 +389,18 @@ __device__ inline void AsyncProductShared(float* d, uint32_t a, uint32_t b, bool
         "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
         "}, a, b, p, 1, 1, 0, 0;}\n"
         : DELTANET_F8(0), DELTANET_F8(8), DELTANET_F8(16), DELTANET_F8(24)
+        : "r"(a), "r"(b), "r"(kTileHigh), "r"(int{add}));
+  } else if constexpr (N == 96) {
+    asm volatile(
+        "{.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %51, 0;\n"
+        "mov.b64 a, {%48, %50};\nmov.b64 b, {%49, %50};\n"
+        "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+        "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
+        "%40, %41, %42, %43, %44, %45, %46, %47"
+        "}, a, b, p, 1, 1, 0, 0;}\n"
+        : DELTANET_F8(0), DELTANET_F8(8), DELTANET_F8(16), DELTANET_F8(24), DELTANET_F8(32),
+          DELTANET_F8(40)
         : "r"(a), "r"(b), "r"(kTileHigh), "r"(int{add}));
   } else if constexpr (N == 128) {
     asm volatile(
