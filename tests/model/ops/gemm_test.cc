@@ -306,7 +306,7 @@ TEST(GemmCudaTest, FusedIsAsGoodAsPlainCodeAndWritesItsColumnsAlone) {
     return values;
   };
   constexpr RmsEpsilon kEpsilons = {.after = 0.25f, .inside = 0.5f};
-  for (const Sizes& sizes : {Sizes{264, 72}, Sizes{136, 1024}, Sizes{1032, 200}, Sizes{8, 512}}) {
+  for (const Sizes& sizes : {Sizes{264, 72}, Sizes{136, 1024}, Sizes{1032, 200}, Sizes{8, 512}, Sizes{13000, 24}}) {
     const int64_t n = sizes.n, k = sizes.k;
     const std::vector<float> b = Rounded(RandomNormal(n * k, 2, 1 / std::sqrt(static_cast<float>(k))), mode.dtype);
     const DeviceBuffer b_there = on_device(b, mode.dtype);
