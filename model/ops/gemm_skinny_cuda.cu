@@ -1,26 +1,28 @@
 // Products of few rows in bfloat16 on Hopper, for steps that read each weight once for a handful of tokens,
-// with what surrounds them in a layer (FusedGemmArgs): a [m, k] b^T, b [n, k], m at most kMostTokens.
+// with what surrounds them in a layer (FusedGemmArgs): a [m, k] b^T, b [n, k], m at most kMostTokens. Those of
+// more than 32 rows it hands to gemm_turned_cuda.cu, where the tokens are the operand with 64 rows.
 //
-// Tiling: b is the operand with the product's 64 rows, the tokens are its columns (8, 16, 32, 64 or 128 of
+// Tiling: b is the operand with the product's 64 rows, the tokens are its columns (8, 16 or 32 of
 // them). A block has 128 rows of b and all tokens; two warpgroups multiply, 64 rows each. One thread of a
 // further warp queues the copies of b and one of the next warp those of a, in steps of 64 elements of k, into
-// a ring in shared memory: 16 KiB of b and up to 16 KiB of a a step, at most 112 KiB, so that two blocks fit
-// a multiprocessor. Of b no more than 48 KiB a block (64 of up to 16 tokens) are on their way, which is
-// enough for the memory: all else that a block waits for comes out of the L2, and queues behind them; and no
-// more than 32 KiB while the ring is filled for the first time, for behind these queue the last values of the
+// a ring in shared memory: 16 KiB of b and up to 4 KiB of a a step, at most 112 KiB, so that two blocks fit a
+// multiprocessor. Of b no more than 48 KiB a block (64 of up to 16 tokens) are on their way, which is enough
+// for the memory: all else that a block waits for comes out of the L2, and queues behind them; and no more
+// than 32 KiB while the ring is filled for the first time, for behind these queue the last values of the
 // kernel before, which ends the later. The second of the two warps finds the norm's factors as well. Where b
 // has fewer tiles than would fill the device, 2, 4 or 8 blocks share a tile, each a part of k; they are a
 // cluster, and each adds up a part of the tokens, of all blocks in the order of their ranks. So there are no
-// atomics and no workspace, and the same operands give the same bits. Then a warp has a token's 128 sums,
-// four a lane, which it stores, or adds to the residual stream and squares, or gates: for that the tile is 64
-// rows of the first half of b and the 64 that belong to them of the second.
+// atomics and no workspace, and the same operands give the same bits. Then a warp has a token's 128 sums, four
+// a lane, which it stores, or adds to the residual stream and squares, or gates: for that the tile is 64 rows
+// of the first half of b and the 64 that belong to them of the second.
 //
 // The way of the sums. Of up to 16 tokens each lane sends four a store to the block that adds them up, into a
 // stage of that block's ring that is not filled any more, where a barrier counts their bytes. Before, every
 // block has told the others that the stage is free, which it is some steps before the end; nobody waits for
-// the cluster, neither before the adding nor at the end. Of more tokens, where so many small packets take
-// longer (9.5 instead of 6.1 us for the second line below and 64 tokens, 8 bytes a store), a block leaves its
-// sums in its own ring's place, the cluster meets, and the others fetch them, and meet again before they go.
+// the cluster, neither before the adding nor at the end. Of more tokens so many small packets would take
+// longer (with 64 tokens, 8 bytes a store, 9.5 instead of 6.1 us for the second line below): a block leaves
+// its sums in its own ring's place, the cluster meets, and the others fetch them, and meet again before they
+// go.
 //
 // The kernel begins while the one before it still runs (LaunchOverlapping): the ring is filled with b, which
 // is constant; then it waits for its tokens. It lets the next one begin when it has asked for its last steps
@@ -31,26 +33,23 @@
 // plenty. On an H200 (27 November 2026), products in a row that begin while the one before ends, each of
 // another matrix, with what surrounds them in a layer, in us, against b at 4.25 TB/s:
 //
-//   n, k, then         floor   m = 1     16     64    128
-//   6160, 2048           5.9     7.0    7.6   10.4   15.3
-//   2048, 2048, add      2.0     3.5    4.1    5.8    9.2
-//   11264, 2048, gate   10.9    12.8   13.5   16.3   20.8
-//   2048, 5632, add      5.4     7.4    7.9    9.9   14.8
-//   32000, 2048         30.8    31.8   32.8   35.9   39.1
+//   n, k, then         floor   m = 1     16
+//   6160, 2048           5.9     7.0    7.6
+//   2048, 2048, add      2.0     3.5    4.1
+//   11264, 2048, gate   10.9    12.8   13.5
+//   2048, 5632, add      5.4     7.4    7.9
+//   32000, 2048         30.8    31.8   32.8
 //
 // A step of the 1.3B model for 1 and 16 sessions takes 0.85 and 1.13 ms; with sums left and fetched at 1 and
 // 16 tokens too it was 0.92 and 1.16 (the first line's 7.7 and 7.9). ncu, the first line alone, with nothing
 // to begin behind, m = 1, sums fetched: 11.8 us at 45 % of the memory's peak.
 //
 // What is missing is the chain from the end of one to the products of the next, some 3 us with one token (the
-// second line is nothing else) and 6 with 64, of which the ring covers some 2. Of 64 tokens the fetching of
-// the sums is 1 us of each product but the gated one, the products 0.5, the tokens' bytes nothing. With a
-// barrier that waits for the device's memory too, before the sums are added up, each took 0.3 to 1 us more.
-// Tried and no gain: one block a multiprocessor, so that the next kernel's fits beside; tokens copied to two
-// or four blocks of a cluster at once; five instead of four stages for 64 tokens; sums copied in bulk to the
-// block that adds them up; what the next kernel's ring does not hold brought into the L2 meanwhile (2 to 4 us
-// a layer worse for 10 to 20 MB); blocks of 128 or 192 rows, never more than there are multiprocessors, so
-// that all of the next kernel's fit beside (4 % worse at 64 tokens); clusters of at most four; one kernel for
+// second line is nothing else), of which the ring covers some 2. With a barrier that waits for the device's
+// memory too, before the sums are added up, each took 0.3 to 1 us more. Tried and no gain: one block a
+// multiprocessor, so that the next kernel's fits beside; tokens copied to two or four blocks of a cluster at
+// once; sums copied in bulk to the block that adds them up; what the next kernel's ring does not hold brought
+// into the L2 meanwhile (2 to 4 us a layer worse for 10 to 20 MB); clusters of at most four; one kernel for
 // the four, whose ring runs on over barriers of the whole grid (51 us with one token, 68 with 64).
 #include <algorithm>
 #include <cstdint>
@@ -554,8 +553,7 @@ absl::Status GemmSkinnyCuda(const FusedGemmArgs& args, void* stream) {
   if (args.gemm.m <= 8) return Launch<8>(args, cuda_stream);
   if (args.gemm.m <= 16) return Launch<16>(args, cuda_stream);
   if (args.gemm.m <= 32) return Launch<32>(args, cuda_stream);
-  if (args.gemm.m <= 64) return Launch<64>(args, cuda_stream);
-  return Launch<128>(args, cuda_stream);
+  return GemmTurnedCuda(args, stream);
 }
 
 }  // namespace deltanet
