@@ -49,6 +49,14 @@ absl::Status MapBoxes(const void* data, const std::array<uint64_t, kDimensions>&
                                           " bytes between: CUDA error ", static_cast<int>(result)));
 }
 
+// The map of a matrix [rows, columns], `stride` elements from row to row, for boxes [columns, rows].
+inline absl::Status MapMatrix(const void* data, int64_t rows, int64_t columns, int64_t stride,
+                              const std::array<uint32_t, 2>& box, CUtensorMap* map,
+                              CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B) {
+  return MapBoxes<2>(data, {static_cast<uint64_t>(columns), static_cast<uint64_t>(rows)},
+                     {2 * static_cast<uint64_t>(stride)}, box, map, swizzle);
+}
+
 }  // namespace deltanet
 
 #endif  // DELTANET_MODEL_OPS_CUDA_TILE_MAP_CUH_

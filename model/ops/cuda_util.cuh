@@ -58,6 +58,16 @@ inline bool RunsHopperCode(const void* kernel) {
   return runs > 0;
 }
 
+// Multiprocessors of the current device; 1 if that cannot be told, as when the device is lost.
+inline int Processors() {
+  int device = 0, processors = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+    return 1;
+  }
+  return processors;
+}
+
 struct LaunchShape {
   dim3 grid;
   int threads;

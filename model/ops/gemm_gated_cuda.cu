@@ -271,24 +271,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-// The map of a [rows, columns] matrix, for boxes of [columns, rows].
-absl::Status MapMatrix(const void* data, int64_t rows, int64_t columns, int64_t stride,
-                       const std::array<uint32_t, 2>& box, CUtensorMapSwizzle swizzle, CUtensorMap* map) {
-  const auto bytes = static_cast<uint64_t>(stride) * sizeof(__nv_bfloat16);
-  return MapBoxes<2>(data, {static_cast<uint64_t>(columns), static_cast<uint64_t>(rows)}, {bytes}, box, map,
-                     swizzle);
-}
-
 constexpr int64_t Pieces(int64_t size, int64_t piece) { return (size + piece - 1) / piece; }
-
-int64_t Processors() {
-  int device = 0, processors = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
-    return 1;
-  }
-  return processors;
-}
 
 // Whether c takes up most of the tiles that the device's blocks could make in as many rounds.
 bool FillsRounds(int64_t m, int64_t f) {
@@ -306,12 +289,10 @@ absl::Status Launch(const FusedGemmArgs& args, cudaStream_t stream) {
   }
   const int64_t f = gemm.n / 2;
   CUtensorMap a, b, c;
+  RETURN_IF_ERROR(MapMatrix(gemm.a, gemm.m, gemm.k, gemm.lda, {kStep, kRows}, &a));
+  RETURN_IF_ERROR(MapMatrix(gemm.b, gemm.n, gemm.k, gemm.ldb, {kStep, kColumns}, &b));
   RETURN_IF_ERROR(
-      MapMatrix(gemm.a, gemm.m, gemm.k, gemm.lda, {kStep, kRows}, CU_TENSOR_MAP_SWIZZLE_128B, &a));
-  RETURN_IF_ERROR(
-      MapMatrix(gemm.b, gemm.n, gemm.k, gemm.ldb, {kStep, kColumns}, CU_TENSOR_MAP_SWIZZLE_128B, &b));
-  RETURN_IF_ERROR(
-      MapMatrix(gemm.c, gemm.m, f, gemm.ldc, {kColumns, kOutRows}, CU_TENSOR_MAP_SWIZZLE_NONE, &c));
+      MapMatrix(gemm.c, gemm.m, f, gemm.ldc, {kColumns, kOutRows}, &c, CU_TENSOR_MAP_SWIZZLE_NONE));
   Problem problem;
   problem.f = static_cast<int>(f);
   problem.steps = std::max(static_cast<int>(Pieces(gemm.k, kStep)), kPairs);

@@ -1,6 +1,6 @@
 // Products of few rows in bfloat16 on Hopper, for steps that read each weight once for a handful of tokens,
-// with what surrounds them in a layer (FusedGemmArgs): a [m, k] b^T, b [n, k], m at most kMostTokens. Those of
-// more than 32 rows it hands to gemm_turned_cuda.cu, where the tokens are the operand with 64 rows.
+// with what surrounds them in a layer (FusedGemmArgs): a [m, k] b^T, b [n, k], m at most kMostTokens. Those
+// of more than 32 rows it hands to gemm_turned_cuda.cu, where the tokens are the operand with 64 rows.
 //
 // Tiling: b is the operand with the product's 64 rows, the tokens are its columns (8, 16 or 32 of
 // them). A block has 128 rows of b and all tokens; two warpgroups multiply, 64 rows each. One thread of a
@@ -12,9 +12,9 @@
 // kernel before, which ends the later. The second of the two warps finds the norm's factors as well. Where b
 // has fewer tiles than would fill the device, 2, 4 or 8 blocks share a tile, each a part of k; they are a
 // cluster, and each adds up a part of the tokens, of all blocks in the order of their ranks. So there are no
-// atomics and no workspace, and the same operands give the same bits. Then a warp has a token's 128 sums, four
-// a lane, which it stores, or adds to the residual stream and squares, or gates: for that the tile is 64 rows
-// of the first half of b and the 64 that belong to them of the second.
+// atomics and no workspace, and the same operands give the same bits. Then a warp has a token's 128 sums,
+// four a lane, which it stores, or adds to the residual stream and squares, or gates: for that the tile is 64
+// rows of the first half of b and the 64 that belong to them of the second.
 //
 // The way of the sums. Of up to 16 tokens each lane sends four a store to the block that adds them up, into a
 // stage of that block's ring that is not filled any more, where a barrier counts their bytes. Before, every
@@ -60,13 +60,14 @@
 #include "model/ops/cuda_tile_map.cuh"
 #include "model/ops/cuda_util.cuh"
 #include "model/ops/cuda_vector.cuh"
+#include "model/ops/gemm_skinny_cuda.cuh"
 
 namespace deltanet {
 namespace {
 
 constexpr int kMostTokens = 128;
-constexpr int kRows = 128;         // Of b in a block.
-constexpr int kStep = 64;          // Elements of k in a stage.
+constexpr int kRows = 128;  // Of b in a block.
+constexpr int kStep = kSkinnyStep;
 constexpr int kConsumers = 2;      // Warpgroups that multiply.
 constexpr int kMostBlocks = 8;     // Of a cluster.
 constexpr int kPitch = kRows + 4;  // Floats of a token's sums: no two lanes of a warp meet in a bank.
@@ -75,24 +76,13 @@ static_assert(kRows == kSquaresOf, "a tile's squares are one sum");
 
 using Then = FusedGemmArgs::Then;
 
-struct Problem {
-  int m, k, steps;
-  int columns;                    // Of c.
+struct Problem : SkinnyProblem {
+  using SkinnyProblem::SkinnyProblem;
   int rows_of_tile, second_half;  // Of b: from tile to tile, and from a tile's first 64 rows to the others.
-  bool vectors;                   // Whether four neighbouring values of c can be stored at once.
-  void* c;
-  int64_t ldc;
-  const float* squares;  // [m, squares_width]
-  int squares_width;
-  RmsEpsilon epsilon;
-  GateKind gate;
-  float* x;  // [m, columns]
-  const float* scale;
-  float* x_squares;  // [m, tiles]
 };
 
 // Steps of b that a block has yet to ask for when it lets the next kernel begin.
-constexpr int StepsLeft(int tokens) { return tokens <= 8 ? 8 : tokens <= 32 ? 4 : 0; }
+constexpr int StepsLeft(int tokens) { return tokens <= 8 ? 8 : 4; }
 
 template <int kTokens>
 struct Layout {
@@ -152,16 +142,17 @@ __device__ inline void ProduceRows(const CUtensorMap* rows, const Problem& probl
   }
 }
 
-// By one thread: a's part in steps [begin, end) of those.
+// By one thread: a's part in steps [begin, end) of those. Of a's rows no more are copied than there are: what
+// the rest of a tile holds gets into the sums of tokens alone that there are not.
 template <int kTokens>
-__device__ inline void ProduceTokens(const CUtensorMap* tokens, uint32_t base, int first, int begin,
-                                     int end) {
+__device__ inline void ProduceTokens(const CUtensorMap* tokens, const Problem& problem, uint32_t base,
+                                     int first, int begin, int end) {
   using L = Layout<kTokens>;
   for (int step = begin; step < end; ++step) {
     const int slot = step % L::kStages;
     const uint32_t there = L::TokensThere(base, slot);
     BarrierWait(L::Free(base, slot), (step / L::kStages + 1) & 1);
-    BarrierArriveExpecting(there, L::kTokensBytes);
+    BarrierArriveExpecting(there, problem.m * kStep * 2);
     CopyBox(L::Tokens(base, slot), tokens, (first + step) * kStep, 0, there);
   }
 }
@@ -182,28 +173,6 @@ __device__ inline void MakeRoom(uint32_t base, int blocks, int steps) {
   if (last >= 0) BarrierWait(L::Free(base, last % L::kStages), (last / L::kStages) & 1);
   if (blocks == 1) return BarrierArrive(L::Room(base));
   for (int block = 0; block < blocks; ++block) BarrierArriveThere(InBlock(L::Room(base), block), 1);
-}
-
-// By a warp: the factors of the tokens' RMSNorms, a lane a token.
-template <int kTokens>
-__device__ inline void FindFactors(const Problem& problem, float* factors) {
-  constexpr int kHeld = (kTokens + 31) / 32, kAtOnce = kHeld == 1 ? 16 : 32 / kHeld;
-  const int lane = threadIdx.x % 32;
-  float sums[kHeld] = {};
-#pragma unroll kAtOnce
-  for (int j = 0; j < problem.squares_width; ++j) {
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      const int token = min(lane + 32 * i, problem.m - 1);
-      sums[i] += problem.squares[int64_t{token} * problem.squares_width + j];
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    const float mean = sums[i] / static_cast<float>(problem.k);
-    const float factor = 1.0f / (sqrtf(mean + problem.epsilon.inside) + problem.epsilon.after);
-    if (lane + 32 * i < kTokens) factors[lane + 32 * i] = factor;
-  }
 }
 
 // By warpgroup `group`: the sums of its 64 rows and all tokens over the block's steps.
@@ -440,13 +409,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     // Parameters come from memory when they are first read: those that are needed last are read here too.
     asm volatile("" ::"l"(problem.c), "l"(problem.squares), "l"(problem.x), "l"(problem.x_squares));
     AwaitEarlier();
-    if (copies) ProduceTokens<kTokens>(&tokens, base, first, 0, before);
+    if (copies) ProduceTokens<kTokens>(&tokens, problem, base, first, 0, before);
     __syncwarp();
     if (problem.squares != nullptr)
       FindFactors<kTokens>(problem, reinterpret_cast<float*>(memory + L::kFactors));
     __syncwarp();
     if (L::kSends && copies) ExpectSums<kTokens>(problem, base, rank, blocks);
-    if (copies) ProduceTokens<kTokens>(&tokens, base, first, before, steps);
+    if (copies) ProduceTokens<kTokens>(&tokens, problem, base, first, before, steps);
     __syncwarp();
     if (L::kSends && blocks > 1) ClusterWait();
     if (L::kSends && copies) MakeRoom<kTokens>(base, blocks, steps);
@@ -465,46 +434,23 @@ __global__ void __launch_bounds__(kThreads, 2)
 #endif
 }
 
-// The map of a [rows, columns] matrix of which boxes of `box_rows` and kStep columns are copied into tiles.
-absl::Status MapMatrix(const void* data, int64_t rows, int64_t columns, int64_t stride, int box_rows,
-                       CUtensorMap* map) {
-  const auto bytes = static_cast<uint64_t>(stride) * sizeof(__nv_bfloat16);
-  return MapBoxes<2>(data, {static_cast<uint64_t>(columns), static_cast<uint64_t>(rows)}, {bytes},
-                     {kStep, static_cast<uint32_t>(box_rows)}, map);
-}
-
 template <int kTokens, Then kThen, typename C>
 absl::Status Launch(const FusedGemmArgs& args, cudaStream_t stream) {
   using L = Layout<kTokens>;
   const GemmArgs& gemm = args.gemm;
   const auto kernel = GemmSkinnyKernel<kTokens, kThen, C>;
-  int device = 0, processors = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kBytes) != cudaSuccess) {
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kBytes) != cudaSuccess) {
     return LaunchStatus("GemmSkinnyKernel");
   }
+  Problem problem(args);
   CUtensorMap rows, tokens;
-  RETURN_IF_ERROR(MapMatrix(gemm.b, gemm.n, gemm.k, gemm.ldb, kRows / 2, &rows));
-  RETURN_IF_ERROR(MapMatrix(gemm.a, gemm.m, gemm.k, gemm.lda, kTokens, &tokens));
-  const auto up = [](int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); };
-  Problem problem;
-  problem.m = static_cast<int>(gemm.m);
-  problem.k = static_cast<int>(gemm.k);
-  problem.steps = up(gemm.k, kStep);
-  problem.columns = static_cast<int>(kThen == Then::kGate ? gemm.n / 2 : gemm.n);
+  RETURN_IF_ERROR(MapMatrix(gemm.b, gemm.n, gemm.k, gemm.ldb, {kStep, kRows / 2}, &rows));
+  RETURN_IF_ERROR(
+      MapMatrix(gemm.a, gemm.m, gemm.k, gemm.lda, {kStep, static_cast<uint32_t>(problem.m)}, &tokens));
   problem.rows_of_tile = kThen == Then::kGate ? kRows / 2 : kRows;
   problem.second_half = kThen == Then::kGate ? problem.columns : kRows / 2;
-  problem.vectors = gemm.ldc % 4 == 0 && Aligned16({gemm.c});
-  problem.c = gemm.c;
-  problem.ldc = gemm.ldc;
-  problem.squares = args.squares;
-  problem.squares_width = static_cast<int>(SquaresWidth(gemm.k));
-  problem.epsilon = args.epsilon;
-  problem.gate = args.gate;
-  problem.x = args.x;
-  problem.scale = args.scale;
-  problem.x_squares = args.x_squares;
+  const auto up = [](int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); };
+  const int processors = Processors();
   const int tiles = up(problem.columns, problem.rows_of_tile);
   int blocks = 1;
   while (2 * blocks <= std::min(kMostBlocks, problem.steps) && 2 * blocks * tiles <= 2 * processors)

@@ -60,11 +60,12 @@
 #include "model/ops/cuda_tile_map.cuh"
 #include "model/ops/cuda_util.cuh"
 #include "model/ops/cuda_vector.cuh"
+#include "model/ops/gemm_skinny_cuda.cuh"
 
 namespace deltanet {
 namespace {
 
-constexpr int kStep = 64;       // Elements of k in a stage.
+constexpr int kStep = kSkinnyStep;
 constexpr int kConsumers = 2;   // Warpgroups that multiply.
 constexpr int kMostBlocks = 8;  // Of a cluster.
 constexpr int kMultiplying = 128 * kConsumers;
@@ -72,21 +73,9 @@ constexpr int kThreads = kMultiplying + 64;
 
 using Then = FusedGemmArgs::Then;
 
-struct Problem {
-  int m, k, steps;
-  int parts;        // Of k, a block each.
-  int columns;      // Of c.
-  int second_half;  // Of b, where it begins, with a gate.
-  bool vectors;     // Whether four neighbouring values of c can be stored at once.
-  void* c;
-  int64_t ldc;
-  const float* squares;  // [m, squares_width]
-  int squares_width;
-  RmsEpsilon epsilon;
-  GateKind gate;
-  float* x;  // [m, columns]
-  const float* scale;
-  float* x_squares;  // [m, SquaresWidth(columns)]
+struct Problem : SkinnyProblem {
+  using SkinnyProblem::SkinnyProblem;
+  int parts;  // Of k, a block each.
 };
 
 // Tiles of a cluster.
@@ -146,7 +135,7 @@ __device__ inline void ProduceRows(const CUtensorMap* rows, const Problem& probl
     BarrierWait(L::RowsFree(base, slot), (step / L::kRowStages + 1) & 1);
     BarrierArriveExpecting(there, L::kRowsBytes);
     CopyBox(to, rows, k, row, there);
-    if (kGated) CopyBox(to + L::kRowsBytes / 2, rows, k, row + problem.second_half, there);
+    if (kGated) CopyBox(to + L::kRowsBytes / 2, rows, k, row + problem.columns, there);
     if (steps - step - 1 == L::kLeft) LetNextBegin();
   }
 }
@@ -163,27 +152,6 @@ __device__ inline void ProduceTokens(const CUtensorMap* tokens, const Problem& p
     BarrierWait(L::TokensFree(base, slot), (step / L::kTokenStages + 1) & 1);
     BarrierArriveExpecting(there, problem.m * kStep * 2);
     CopyBox(L::Tokens(base, slot), tokens, (first + step) * kStep, 0, there);
-  }
-}
-
-// By a warp: the factors of the tokens' RMSNorms, a lane some tokens.
-template <int kTokens>
-__device__ inline void FindFactors(const Problem& problem, float* factors) {
-  constexpr int kHeld = kTokens / 32, kAtOnce = 32 / kHeld;
-  const int lane = threadIdx.x % 32;
-  float sums[kHeld] = {};
-#pragma unroll kAtOnce
-  for (int j = 0; j < problem.squares_width; ++j) {
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      const int token = min(lane + 32 * i, problem.m - 1);
-      sums[i] += problem.squares[int64_t{token} * problem.squares_width + j];
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    const float mean = sums[i] / static_cast<float>(problem.k);
-    factors[lane + 32 * i] = 1.0f / (sqrtf(mean + problem.epsilon.inside) + problem.epsilon.after);
   }
 }
 
@@ -395,14 +363,6 @@ __global__ void __launch_bounds__(kThreads, 2)
 #endif
 }
 
-// The map of a [rows, columns] matrix of which boxes of `box_rows` and kStep columns are copied into tiles.
-absl::Status MapMatrix(const void* data, int64_t rows, int64_t columns, int64_t stride, int box_rows,
-                       CUtensorMap* map) {
-  const auto bytes = static_cast<uint64_t>(stride) * sizeof(__nv_bfloat16);
-  return MapBoxes<2>(data, {static_cast<uint64_t>(columns), static_cast<uint64_t>(rows)}, {bytes},
-                     {kStep, static_cast<uint32_t>(box_rows)}, map);
-}
-
 struct Tiling {
   int clusters, parts;
   int busiest;  // Rows of b that the busiest multiprocessor reads, of a part of k that part, times
@@ -435,8 +395,9 @@ absl::Status Launch(const GemmArgs& gemm, Problem problem, const Tiling& tiling,
   }
   CUtensorMap rows, tokens;
   RETURN_IF_ERROR(
-      MapMatrix(gemm.b, gemm.n, gemm.k, gemm.ldb, kThen == Then::kGate ? kRows / 2 : kRows, &rows));
-  RETURN_IF_ERROR(MapMatrix(gemm.a, gemm.m, gemm.k, gemm.lda, problem.m, &tokens));
+      MapMatrix(gemm.b, gemm.n, gemm.k, gemm.ldb, {kStep, kThen == Then::kGate ? kRows / 2 : kRows}, &rows));
+  RETURN_IF_ERROR(
+      MapMatrix(gemm.a, gemm.m, gemm.k, gemm.lda, {kStep, static_cast<uint32_t>(problem.m)}, &tokens));
   problem.parts = tiling.parts;
   const int blocks = tiling.parts * TilesOfCluster(kThen, kRows);
   return LaunchOverlapping("GemmTurnedKernel", kernel,
@@ -450,27 +411,8 @@ absl::Status Launch(const GemmArgs& gemm, Problem problem, const Tiling& tiling,
 template <int kTokens>
 absl::Status Launch(const FusedGemmArgs& args, cudaStream_t stream) {
   const GemmArgs& gemm = args.gemm;
-  int device = 0, processors = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
-    return LaunchStatus("GemmTurnedKernel");
-  }
-  Problem problem = {};
-  problem.m = static_cast<int>(gemm.m);
-  problem.k = static_cast<int>(gemm.k);
-  problem.steps = static_cast<int>((gemm.k + kStep - 1) / kStep);
-  problem.columns = static_cast<int>(args.then == Then::kGate ? gemm.n / 2 : gemm.n);
-  problem.second_half = problem.columns;
-  problem.vectors = gemm.ldc % 4 == 0 && Aligned16({gemm.c});
-  problem.c = gemm.c;
-  problem.ldc = gemm.ldc;
-  problem.squares = args.squares;
-  problem.squares_width = static_cast<int>(SquaresWidth(gemm.k));
-  problem.epsilon = args.epsilon;
-  problem.gate = args.gate;
-  problem.x = args.x;
-  problem.scale = args.scale;
-  problem.x_squares = args.x_squares;
+  const Problem problem(args);
+  const int processors = Processors();
   const auto tiling = [&](int rows, int columns) {
     return TilingOf(args.then, rows, columns, problem, processors);
   };
