@@ -157,11 +157,16 @@ __device__ inline void ProduceTokens(const CUtensorMap* tokens, const Problem& p
   }
 }
 
-// By one thread: expects the sums that the block adds up.
+// By a warp, when it has written the factors: expects the sums that the block is sent.
 template <int kTokens>
 __device__ inline void ExpectSums(const Problem& problem, uint32_t base, int rank, int blocks) {
+  const uint32_t there = Layout<kTokens>::SumsThere(base);
   const int share = kTokens / blocks, tokens = max(0, min(share, problem.m - rank * share));
-  BarrierArriveExpecting(Layout<kTokens>::SumsThere(base), (blocks - 1) * tokens * kRows * 4);
+  if (threadIdx.x % 32 == 0) {
+    BarrierArriveExpecting(there, (blocks - 1) * tokens * kRows * 4);
+  } else {
+    BarrierArrive(there);
+  }
 }
 
 // By one thread, after the last tokens have been asked for: tells the cluster's blocks that what they send
@@ -213,7 +218,7 @@ __device__ inline void LeaveSums(const float (&sums)[kTokens / 2], float* sums_o
   }
 }
 
-// By a warp: its sums to the blocks that add them up.
+// By both warpgroups: their sums to the blocks that add them up.
 template <int kTokens, int kBlocks>
 __device__ inline void SendSums(const Problem& problem, const float (&sums)[kTokens / 2], uint32_t base,
                                 unsigned char* memory, int group, int rank) {
@@ -247,8 +252,7 @@ __device__ inline void SendSums(const Problem& problem, const float (&sums)[kTok
       StoreToBlock(InBlock(base + at, owner), four, InBlock(L::SumsThere(base), owner));
     }
   }
-  __syncwarp();
-  if (lane == 0) BarrierArrive(L::SumsThere(base));
+  NamedBarrier(1, 128 * kConsumers);  // Before what the block keeps is read.
 }
 
 // By all threads of the block: what becomes of its part of the tile's tokens, a warp each, when the cluster's
@@ -369,7 +373,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     if (L::kSends) {
       BarrierInit(L::Room(base), ClusterBlocks());
-      BarrierInit(L::SumsThere(base), 1 + 4 * kConsumers);
+      BarrierInit(L::SumsThere(base), 32);
     }
     BarrierInitFence();
   }
@@ -414,7 +418,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (problem.squares != nullptr)
       FindFactors<kTokens>(problem, reinterpret_cast<float*>(memory + L::kFactors));
     __syncwarp();
-    if (L::kSends && copies) ExpectSums<kTokens>(problem, base, rank, blocks);
+    if (L::kSends) ExpectSums<kTokens>(problem, base, rank, blocks);
     if (copies) ProduceTokens<kTokens>(&tokens, problem, base, first, before, steps);
     __syncwarp();
     if (L::kSends && blocks > 1) ClusterWait();
