@@ -1,6 +1,6 @@
 // The front of the mixer on a GPU. Where tokens are many a block is a token: up to 256 threads over its
-// width. Where they are few, up to kFewBlocks blocks share them out: a block of GatherTaps has one tap of a
-// token then.
+// width. Where they are few, up to kFewBlocks blocks share them out: a block of GatherTaps has one tap or two
+// of a token then.
 //
 // GatherTaps reads up to three inputs a token (two of them again, from the L2) and writes 3d values; tails
 // follow in a kernel of their own, because a row's last block may run before its first has read the old tail.

@@ -29,8 +29,6 @@ absl::Status ShortConvQkvCuda(const RaggedRows& rows, const ShortConvQkvArgs& ar
 // Whether GemmSkinnyCuda can make this product on the current device.
 bool GemmSkinnyCudaTakes(const FusedGemmArgs& args);
 absl::Status GemmSkinnyCuda(const FusedGemmArgs& args, void* stream);
-// Of 33 to 128 rows; GemmSkinnyCuda calls it.
-absl::Status GemmTurnedCuda(const FusedGemmArgs& args, void* stream);
 // The same of GemmGatedCuda; products of few rows it takes only if they fit its tiles.
 bool GemmGatedCudaTakes(const FusedGemmArgs& args);
 absl::Status GemmGatedCuda(const FusedGemmArgs& args, void* stream);

@@ -193,9 +193,6 @@ __device__ inline void ClusterBarrier() {
       "barrier.cluster.wait.acquire;" ::
           : "memory");
 }
-// Its two halves, for blocks that have written nothing but their barriers yet.
-__device__ inline void ClusterArrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
-__device__ inline void ClusterWait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 // The same for what they wrote into their own blocks' shared memory alone: it does not wait for the device's.
 __device__ inline void ClusterBarrierOfShared() {
   asm volatile(
@@ -204,6 +201,9 @@ __device__ inline void ClusterBarrierOfShared() {
       "barrier.cluster.wait.acquire;" ::
           : "memory");
 }
+// A barrier of the cluster in two halves, for blocks that have written nothing but their barriers yet.
+__device__ inline void ClusterArrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+__device__ inline void ClusterWait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 // Where the cluster's block `rank` has what this block has at `address`.
 __device__ inline uint32_t InBlock(uint32_t address, int rank) {
   uint32_t there;

@@ -37,7 +37,6 @@
 // (1077); in the model, two warpgroups that multiply in turn, a tile each, so that one gates while the other
 // multiplies.
 #include <algorithm>
-#include <array>
 #include <cstdint>
 
 #include "model/base/status_macros.h"

@@ -1,6 +1,6 @@
 // Products of few rows in bfloat16 on Hopper, for steps that read each weight once for a handful of tokens,
-// with what surrounds them in a layer (FusedGemmArgs): a [m, k] b^T, b [n, k], m at most kMostTokens. Those
-// of more than 32 rows it hands to gemm_turned_cuda.cu, where the tokens are the operand with 64 rows.
+// with what surrounds them in a layer (FusedGemmArgs): a [m, k] b^T, b [n, k], m at most kSkinnyMostTokens.
+// Those of more than 32 rows it hands to gemm_turned_cuda.cu, where the tokens are the operand with 64 rows.
 //
 // Tiling: b is the operand with the product's 64 rows, the tokens are its columns (8, 16 or 32 of
 // them). A block has 128 rows of b and all tokens; two warpgroups multiply, 64 rows each. One thread of a
@@ -65,7 +65,6 @@
 namespace deltanet {
 namespace {
 
-constexpr int kMostTokens = 128;
 constexpr int kRows = 128;  // Of b in a block.
 constexpr int kStep = kSkinnyStep;
 constexpr int kConsumers = 2;      // Warpgroups that multiply.
@@ -486,7 +485,7 @@ absl::Status Launch(const FusedGemmArgs& args, cudaStream_t stream) {
 bool GemmSkinnyCudaTakes(const FusedGemmArgs& args) {
   constexpr int64_t kMost = int64_t{1} << 30;  // Coordinates are ints.
   const GemmArgs& gemm = args.gemm;
-  if (gemm.dtype != DType::kBFloat16 || gemm.fixed_order || gemm.m > kMostTokens || gemm.n >= kMost ||
+  if (gemm.dtype != DType::kBFloat16 || gemm.fixed_order || gemm.m > kSkinnyMostTokens || gemm.n >= kMost ||
       gemm.k >= kMost || gemm.lda % 8 != 0 || gemm.ldb % 8 != 0 || !Aligned16({gemm.a, gemm.b})) {
     return false;
   }

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "absl/status/status.h"
 #include "model/ops/cuda_util.cuh"
 #include "model/ops/cuda_vector.cuh"
 #include "model/ops/gemm.h"
@@ -11,6 +12,11 @@
 namespace deltanet {
 
 constexpr int kSkinnyStep = 64;  // Elements of k in a stage: a tile's.
+constexpr int kSkinnyMostTokens = 128;
+
+// A product that GemmSkinnyCudaTakes, of up to kSkinnyMostTokens rows; GemmSkinnyCuda calls it for more
+// than 32.
+absl::Status GemmTurnedCuda(const FusedGemmArgs& args, void* stream);
 
 // FusedGemmArgs, for a kernel.
 struct SkinnyProblem {

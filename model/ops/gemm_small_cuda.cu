@@ -28,10 +28,8 @@
 // 106, 296, 162, and for one row of 16 tokens 211 instead of 344. ncu, n = 193, k = 192, the caches cold, m =
 // 1, 16, 64: 5.3, 5.9, 5.6 us at 1 % of the memory's peak, 3 to 17 % of the schedulers' cycles with an
 // instruction: there is little to do, and a warp waits for its loads once or twice, then for its shuffles.
-#include <algorithm>
 #include <cstdint>
 
-#include "absl/strings/str_cat.h"
 #include "model/ops/cuda_kernels.h"
 #include "model/ops/cuda_util.cuh"
 #include "model/ops/cuda_vector.cuh"

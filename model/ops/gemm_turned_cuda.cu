@@ -439,7 +439,7 @@ absl::Status Launch(const FusedGemmArgs& args, cudaStream_t stream) {
 
 absl::Status GemmTurnedCuda(const FusedGemmArgs& args, void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  return args.gemm.m <= 64 ? Launch<64>(args, cuda_stream) : Launch<128>(args, cuda_stream);
+  return args.gemm.m <= 64 ? Launch<64>(args, cuda_stream) : Launch<kSkinnyMostTokens>(args, cuda_stream);
 }
 
 }  // namespace deltanet

@@ -175,7 +175,7 @@ def of_a_layer(bench):
     """Shows the operators of a layer, and returns the seconds by operator and tokens."""
     cases = [json.loads(line) for line in
              subprocess.run([bench], check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines() if '"op"' in line]
-    print("\nThe operators of a layer, bfloat16: us (share of a copy's rate)\n")
+    print("\nThe operators of a layer, bfloat16 where not said otherwise, and the readout: us (share of a copy's rate)\n")
     cells = {(case["op"], case["tokens"]): f"{case['us']:.1f} ({case['of_copy']:.2f})" for case in cases}
     tokens = sorted({case["tokens"] for case in cases})
     print("| tokens | " + " | ".join(map(str, tokens)) + " |\n" + "| --- " * (len(tokens) + 1) + "|")

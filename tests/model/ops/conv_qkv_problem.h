@@ -41,12 +41,12 @@ struct TapSequence {
   }
 };
 
-// Seven sequences of 0 to 24 tokens, every other one of known length.
-inline std::vector<TapSequence> SevenTapSequences(int64_t width, int64_t lag) {
+// Seven sequences of 0 to 6 `unit` tokens, every other one of known length.
+inline std::vector<TapSequence> SevenTapSequences(int64_t width, int64_t lag, int64_t unit = 4) {
   std::vector<TapSequence> sequences;
   for (int64_t s = 0; s < 7; ++s) {
     const bool ends = s % 2 == 0;
-    const int64_t length = 4 * s;
+    const int64_t length = unit * s;
     sequences.emplace_back(lag, length + (ends ? lag + 1 : 0), ends ? length : kUnknownEnd, width,
                            static_cast<uint32_t>(30 + s));
   }
@@ -62,13 +62,14 @@ struct TapStep {
   GatherTapsArgs args;  // Points to the above.
 };
 
-// Feeds all sequences in steps whose rows have random numbers of tokens (some none), in random order, with
-// padding behind them, each run by `gather`, and checks every centre and tail. Every tap goes to `check`. Work slots change now and
-// then, so that base and work differ.
+// Feeds all sequences in steps whose rows have random numbers of tokens (up to `most`, some none), in random
+// order, with padding behind them, each run by `gather`, and checks every centre and tail. Every tap goes to
+// `check`. Work slots change now and then, so that base and work differ.
 inline void StreamTaps(
     const std::vector<TapSequence>& sequences, const float* norm_scale, bool with_centre, uint32_t seed,
     absl::FunctionRef<void(TapStep*)> gather,
-    absl::FunctionRef<void(const TapSequence&, int64_t position, const float* got)> check) {
+    absl::FunctionRef<void(const TapSequence&, int64_t position, const float* got)> check,
+    int64_t most = 4) {
   std::mt19937 generator(seed);
   const int64_t d = sequences[0].width, lag = sequences[0].lag,
                 count = static_cast<int64_t>(sequences.size());
@@ -90,7 +91,7 @@ inline void StreamTaps(
     Ragged ragged;
     std::vector<float> x;
     for (int64_t s : order) {
-      const int64_t tokens = std::min<int64_t>(sequences[s].fed - done[s], generator() % 5);
+      const int64_t tokens = std::min<int64_t>(sequences[s].fed - done[s], generator() % (most + 1));
       const int32_t base = slot[s];
       if (generator() % 2 == 0) slot[s] ^= 1;
       ragged.Add(tokens, base, slot[s], done[s] == 0, done[s], sequences[s].end);
@@ -163,13 +164,14 @@ void MixerReference(const Mixer& m, const float* z, const float* bias, const flo
 // A step of ConvQkvActivation: rows before the start of a sequence, inside, and past its end.
 class MixerProblem {
  public:
-  // z is held in `dtype`.
-  MixerProblem(const Mixer& mixer, int64_t lag, int64_t centre_tap, DType dtype = DType::kFloat32)
+  // z is held in `dtype`; the longest row has `longest` tokens.
+  MixerProblem(const Mixer& mixer, int64_t lag, int64_t centre_tap, DType dtype = DType::kFloat32,
+               int64_t longest = 63)
       : mixer_(mixer), lag_(lag), centre_tap_(centre_tap), dtype_(dtype), z_(0) {
     ragged_.Add(9, 0, 0, true, 0, 5);
     ragged_.Add(0, 1, 1, false, 3);
     ragged_.Add(1, 2, 2, false, 1);
-    ragged_.Add(63, 3, 3, false, 1000);
+    ragged_.Add(longest, 3, 3, false, 1000);
     ragged_.Add(2, 4, 4, true, 0, 0);  // A sequence without a token.
     ragged_.Add(3, 5, 5, true, 0, 1);
     qkv_ = mixer.heads * (2 * mixer.key_dim + mixer.value_dim);
@@ -242,7 +244,7 @@ class MixerProblem {
 inline void ForEachMixer(absl::FunctionRef<void(const Mixer&, int64_t lag, int64_t centre_tap)> run) {
   for (const Mixer& m : {Mixer{1, 1, 1, QkvActivation::kRelu}, Mixer{1, 64, 64, QkvActivation::kRelu},
                          Mixer{8, 16, 16, QkvActivation::kSilu}, Mixer{3, 5, 7, QkvActivation::kSilu},
-                         Mixer{17, 33, 4, QkvActivation::kRelu}}) {
+                         Mixer{17, 33, 4, QkvActivation::kRelu}, Mixer{3, 8, 100, QkvActivation::kSilu}}) {
     for (const int64_t centre_tap : {1, 2}) {
       for (const int64_t lag : {0, 2}) {
         SCOPED_TRACE("heads " + std::to_string(m.heads) + " centre " + std::to_string(centre_tap) + " lag " +

@@ -225,16 +225,20 @@ INSTANTIATE_TEST_SUITE_P(DTypes, CudaDeltaRuleTest, BothDTypes(), DTypeParamName
 class CudaConvQkvTest : public CudaTest {};
 
 TEST_P(CudaConvQkvTest, AnySplitSeesTheWholeSequence) {
-  for (const int64_t width : {1, 16, 37, 300}) {
+  // With many tokens a block has more than one tap.
+  constexpr struct {
+    int64_t width, unit, most;
+  } kCases[] = {{1, 4, 4}, {16, 4, 4}, {37, 4, 4}, {300, 4, 4}, {37, 40, 120}, {300, 40, 240}};
+  for (const auto& [width, unit, most] : kCases) {
     for (const int64_t lag : {0, 1, 5}) {
       for (const bool normed : {false, true}) {
-        SCOPED_TRACE("width " + std::to_string(width) + " lag " + std::to_string(lag) +
-                     (normed ? " normed" : ""));
+        SCOPED_TRACE("width " + std::to_string(width) + " lag " + std::to_string(lag) + " up to " +
+                     std::to_string(most) + " tokens" + (normed ? " normed" : ""));
         const std::vector<float> scale = RandomNormal(width, 99);
         std::vector<float> fast, plain;  // Of all normed taps together.
         std::vector<double> exact;
         StreamTaps(
-            SevenTapSequences(width, lag), normed ? scale.data() : nullptr, /*with_centre=*/lag != 5,
+            SevenTapSequences(width, lag, unit), normed ? scale.data() : nullptr, /*with_centre=*/lag != 5,
             static_cast<uint32_t>(width + lag),
             [&](TapStep* step) {
               Mirror mirror;
@@ -261,7 +265,8 @@ TEST_P(CudaConvQkvTest, AnySplitSeesTheWholeSequence) {
               fast.insert(fast.end(), got, got + width);
               plain.insert(plain.end(), by_plain.begin(), by_plain.end());
               exact.insert(exact.end(), by_exact.begin(), by_exact.end());
-            });
+            },
+            most);
         ExpectAsGoodAsPlain(fast.data(), plain.data(), exact.data(), static_cast<int64_t>(fast.size()),
                             "normed taps", dtype());
       }
@@ -291,8 +296,9 @@ TEST_P(CudaConvQkvTest, FreshRowsReadNoSlot) {
 
 TEST_P(CudaConvQkvTest, ActivationMatchesTheReference) {
   ForEachMixer([&](const Mixer& mixer, int64_t lag, int64_t centre_tap) {
-    for (const bool aligned : {false, true}) {
-      MixerProblem problem(mixer, lag, centre_tap, dtype());
+    for (const int64_t longest : {63, 180, 500}) {  // A token has the fewer blocks, the more there are.
+      const bool aligned = longest != 180;
+      MixerProblem problem(mixer, lag, centre_tap, dtype(), longest);
       Mirror mirror(aligned);
       ConvQkvActivationArgs args = problem.Args();
       args.z = mirror.Map(&problem.z(), dtype());
