@@ -87,7 +87,7 @@ template <int kTokens>
 struct Layout {
   static constexpr int kRowsBytes = kRows * kStep * 2, kTokensBytes = kTokens * kStep * 2;
   static constexpr int kStageBytes = kRowsBytes + kTokensBytes;
-  static constexpr int kStages = (112 * 1024 - 4 * kTokens - 256) / kStageBytes;
+  static constexpr int kStages = (112 * 1024 - 4 * kTokens - 256) / kStageBytes, kTokenStages = kStages;
   // Whether sums are sent to the block that adds them up. Each store is a packet of its own: of 32 tokens and
   // more they are left where they are made, for that block to fetch.
   static constexpr bool kSends = kTokens <= 16;
@@ -104,6 +104,7 @@ struct Layout {
   __device__ static uint32_t RowsThere(uint32_t base, int slot) { return base + kBarriers + 24 * slot; }
   __device__ static uint32_t TokensThere(uint32_t base, int slot) { return RowsThere(base, slot) + 8; }
   __device__ static uint32_t Free(uint32_t base, int slot) { return RowsThere(base, slot) + 16; }
+  __device__ static uint32_t TokensFree(uint32_t base, int slot) { return Free(base, slot); }  // With b.
   // All blocks of the cluster have room for what they are sent; all sums have come.
   __device__ static uint32_t Room(uint32_t base) { return RowsThere(base, kStages); }
   __device__ static uint32_t SumsThere(uint32_t base) { return Room(base) + 8; }
@@ -138,21 +139,6 @@ __device__ inline void ProduceRows(const CUtensorMap* rows, const Problem& probl
     CopyBox(to, rows, k, row, there);
     CopyBox(to + kTileBytes, rows, k, row + problem.second_half, there);
     if (steps - step - 1 == StepsLeft(kTokens)) LetNextBegin();
-  }
-}
-
-// By one thread: a's part in steps [begin, end) of those. Of a's rows no more are copied than there are: what
-// the rest of a tile holds gets into the sums of tokens alone that there are not.
-template <int kTokens>
-__device__ inline void ProduceTokens(const CUtensorMap* tokens, const Problem& problem, uint32_t base,
-                                     int first, int begin, int end) {
-  using L = Layout<kTokens>;
-  for (int step = begin; step < end; ++step) {
-    const int slot = step % L::kStages;
-    const uint32_t there = L::TokensThere(base, slot);
-    BarrierWait(L::Free(base, slot), (step / L::kStages + 1) & 1);
-    BarrierArriveExpecting(there, problem.m * kStep * 2);
-    CopyBox(L::Tokens(base, slot), tokens, (first + step) * kStep, 0, there);
   }
 }
 
@@ -318,14 +304,7 @@ __device__ inline void Finish(const Problem& problem, uint32_t base, const unsig
       }
       C* const to = static_cast<C*>(problem.c) + i * problem.ldc + column;
       if constexpr (kThen == Then::kStore) {
-        if (problem.vectors && column + 4 <= problem.columns) {
-          Store<4>(sum, to);
-        } else {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            if (column + j < problem.columns) to[j] = FromFloat<C>(sum[j]);
-          }
-        }
+        StoreSums(problem, sum, column, to);
       } else if constexpr (kThen == Then::kGate) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -334,20 +313,7 @@ __device__ inline void Finish(const Problem& problem, uint32_t base, const unsig
         }
         if (lane < 16 && inside) Store<4>(sum, to);
       } else {
-        float squares = 0;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          sum[j] += x[t][j];
-          squares = fmaf(sum[j], sum[j], squares);
-        }
-        if (inside) Store<4>(sum, problem.x + i * problem.columns + column);
-        if (problem.scale != nullptr) {
-          squares = WarpSum(inside ? squares : 0.0f);
-          if (lane == 0) problem.x_squares[i * (gridDim.x / kBlocks) + tile] = squares;
-#pragma unroll
-          for (int j = 0; j < 4; ++j) sum[j] *= scale[j];
-          if (inside) Store<4>(sum, to);
-        }
+        AddSums(problem, sum, x[t], scale, i, tile, gridDim.x / kBlocks, column, to);
       }
     }
   }
@@ -412,13 +378,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     // Parameters come from memory when they are first read: those that are needed last are read here too.
     asm volatile("" ::"l"(problem.c), "l"(problem.squares), "l"(problem.x), "l"(problem.x_squares));
     AwaitEarlier();
-    if (copies) ProduceTokens<kTokens>(&tokens, problem, base, first, 0, before);
+    if (copies) ProduceTokens<L>(&tokens, problem, base, first, 0, before);
     __syncwarp();
     if (problem.squares != nullptr)
       FindFactors<kTokens>(problem, reinterpret_cast<float*>(memory + L::kFactors));
     __syncwarp();
     if (L::kSends) ExpectSums<kTokens>(problem, base, rank, blocks);
-    if (copies) ProduceTokens<kTokens>(&tokens, problem, base, first, before, steps);
+    if (copies) ProduceTokens<L>(&tokens, problem, base, first, before, steps);
     __syncwarp();
     if (L::kSends && blocks > 1) ClusterWait();
     if (L::kSends && copies) MakeRoom<kTokens>(base, blocks, steps);

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "absl/status/status.h"
+#include "model/ops/cuda_sm90.cuh"
 #include "model/ops/cuda_util.cuh"
 #include "model/ops/cuda_vector.cuh"
 #include "model/ops/gemm.h"
@@ -50,6 +51,21 @@ struct SkinnyProblem {
   float* x_squares;  // [m, SquaresWidth(columns)]
 };
 
+// By one thread: a's part in steps [begin, end) of a block's, whose first is `first`, into the ring of layout
+// L. Of a's rows no more are copied than there are: what the rest of a tile holds gets into the sums of
+// tokens alone that there are not.
+template <typename L>
+__device__ inline void ProduceTokens(const CUtensorMap* tokens, const SkinnyProblem& problem, uint32_t base,
+                                     int first, int begin, int end) {
+  for (int step = begin; step < end; ++step) {
+    const int slot = step % L::kTokenStages;
+    const uint32_t there = L::TokensThere(base, slot);
+    BarrierWait(L::TokensFree(base, slot), (step / L::kTokenStages + 1) & 1);
+    BarrierArriveExpecting(there, problem.m * kSkinnyStep * 2);
+    CopyBox(L::Tokens(base, slot), tokens, (first + step) * kSkinnyStep, 0, there);
+  }
+}
+
 // By a warp: the factors of up to kTokens tokens' RMSNorms.
 template <int kTokens>
 __device__ inline void FindFactors(const SkinnyProblem& problem, float* factors) {
@@ -70,6 +86,41 @@ __device__ inline void FindFactors(const SkinnyProblem& problem, float* factors)
     const float factor = 1.0f / (sqrtf(mean + problem.epsilon.inside) + problem.epsilon.after);
     if (lane + 32 * i < kTokens) factors[lane + 32 * i] = factor;
   }
+}
+
+// Four of a token's sums to c, from `column` on (Then::kStore).
+template <typename C>
+__device__ inline void StoreSums(const SkinnyProblem& problem, const float (&sum)[4], int column, C* to) {
+  if (problem.vectors && column + 4 <= problem.columns) {
+    Store<4>(sum, to);
+  } else {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (column + j < problem.columns) to[j] = FromFloat<C>(sum[j]);
+    }
+  }
+}
+
+// By a warp, whose lanes have four of a token's sums each, of kSquaresOf columns, the `tile`-th of `tiles` so
+// many: adds them to the residual stream x, and gives c what the next layer's norm is to scale (Then::kAdd).
+template <typename C>
+__device__ inline void AddSums(const SkinnyProblem& problem, float (&sum)[4], const float (&x)[4],
+                               const float (&scale)[4], int64_t token, int tile, int64_t tiles, int column,
+                               C* to) {
+  const bool inside = column < problem.columns;
+  float squares = 0;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    sum[j] += x[j];
+    squares = fmaf(sum[j], sum[j], squares);
+  }
+  if (inside) Store<4>(sum, problem.x + token * problem.columns + column);
+  if (problem.scale == nullptr) return;
+  squares = WarpSum(inside ? squares : 0.0f);
+  if (threadIdx.x % 32 == 0) problem.x_squares[token * tiles + tile] = squares;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) sum[j] *= scale[j];
+  if (inside) Store<4>(sum, to);
 }
 
 }  // namespace deltanet

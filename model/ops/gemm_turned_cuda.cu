@@ -140,21 +140,6 @@ __device__ inline void ProduceRows(const CUtensorMap* rows, const Problem& probl
   }
 }
 
-// By one thread: a's part in steps [begin, end) of those. Of a's rows no more are copied than there are: what
-// the rest of a tile holds gets into the sums of tokens alone that there are not.
-template <int kTokens, int kRows>
-__device__ inline void ProduceTokens(const CUtensorMap* tokens, const Problem& problem, uint32_t base,
-                                     int first, int begin, int end) {
-  using L = Layout<kTokens, kRows>;
-  for (int step = begin; step < end; ++step) {
-    const int slot = step % L::kTokenStages;
-    const uint32_t there = L::TokensThere(base, slot);
-    BarrierWait(L::TokensFree(base, slot), (step / L::kTokenStages + 1) & 1);
-    BarrierArriveExpecting(there, problem.m * kStep * 2);
-    CopyBox(L::Tokens(base, slot), tokens, (first + step) * kStep, 0, there);
-  }
-}
-
 // By warpgroup `group`: the sums of its tokens and rows over the block's steps, into shared memory,
 // [token, row], in the rings' place.
 template <int kTokens, int kRows>
@@ -261,35 +246,13 @@ __device__ inline void Finish(const Problem& problem, uint32_t base, const float
         float (&sum)[4] = sums[0];
         C* const to = static_cast<C*>(problem.c) + token * problem.ldc + column;
         if constexpr (kThen == Then::kStore) {
-          if (problem.vectors && column + 4 <= problem.columns) {
-            Store<4>(sum, to);
-          } else {
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-              if (column + j < problem.columns) to[j] = FromFloat<C>(sum[j]);
-            }
-          }
+          StoreSums(problem, sum, column, to);
         } else if constexpr (kGated) {
 #pragma unroll
           for (int j = 0; j < 4; ++j) sum[j] = Gated<C>(problem.gate, sum[j], sums[1][j]);
           if (inside) Store<4>(sum, to);
         } else {
-          float squares = 0;
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            sum[j] += x[t][j];
-            squares = fmaf(sum[j], sum[j], squares);
-          }
-          if (inside) Store<4>(sum, problem.x + int64_t{token} * problem.columns + column);
-          if (problem.scale != nullptr) {
-            squares = WarpSum(inside ? squares : 0.0f);
-            if (thread % 32 == 0) {
-              problem.x_squares[token * SquaresWidth(problem.columns) + cluster] = squares;
-            }
-#pragma unroll
-            for (int j = 0; j < 4; ++j) sum[j] *= scale[j];
-            if (inside) Store<4>(sum, to);
-          }
+          AddSums(problem, sum, x[t], scale, token, cluster, SquaresWidth(problem.columns), column, to);
         }
       }
     }
@@ -341,11 +304,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     // Parameters come from memory when they are first read: those that are needed last are read here too.
     asm volatile("" ::"l"(problem.c), "l"(problem.squares), "l"(problem.x), "l"(problem.x_squares));
     AwaitEarlier();
-    if (copies) ProduceTokens<kTokens, kRows>(&tokens, problem, base, first, 0, before);
+    if (copies) ProduceTokens<L>(&tokens, problem, base, first, 0, before);
     __syncwarp();
     if (problem.squares != nullptr) FindFactors<kTokens>(problem, factors);
     __syncwarp();
-    if (copies) ProduceTokens<kTokens, kRows>(&tokens, problem, base, first, before, steps);
+    if (copies) ProduceTokens<L>(&tokens, problem, base, first, before, steps);
     __syncwarp();
   }
   switch (problem.parts) {
