@@ -22,9 +22,13 @@
 // between the input's copy and the outputs', sampling included, is captured when the model has been loaded, once for
 // each of a few numbers of rows, for outputs that are handed over and for such that are read out, and for each
 // staging, whose memory a graph has its data in. A step takes the next larger number, and the rows that it lacks
-// are padding (ops/rows.h), which reads and writes no slot. All other steps launch operator by operator.
+// are padding (ops/rows.h), which reads and writes no slot. Steps whose rows have some more tokens, but all as many
+// (streams of chunks), are captured when they come for the second time in a row, and the last of these are kept. All
+// other steps launch operator by operator.
 #include <algorithm>
+#include <compare>
 #include <cstring>
+#include <limits>
 #include <map>
 #include <memory>
 #include <optional>
@@ -215,7 +219,15 @@ struct StepShape {
   int64_t shortest = 0, longest = 0;  // Tokens of a row.
   int64_t outputs = 0;                // Handed over,
   int64_t reads = 0;                  // and read out.
+
+  auto operator<=>(const StepShape&) const = default;
 };
+
+// Repeated steps (of rows with as many tokens each) of more tokens than this gain nothing from being a graph:
+// the device is bound by its power then, and 16,384 tokens of the 1.3B model, one kernel close behind the
+// other, took 2 to 4 % longer.
+constexpr int64_t kMostRepeatedTokens = 4096;
+constexpr int64_t kMostRepeated = 32;  // Graphs of them that a staging keeps.
 
 // Numbers of rows to which steps are padded: each at most twice, from 8 on at most one and a half times the one
 // before, so that there are few (14 up to 256).
@@ -282,6 +294,7 @@ struct Staging {
     wants_top = false;
     chunks = {};
     graph = nullptr;
+    captures = false;
     const RowsLayout layout(shape);
     host.Place(layout);
     device.Place(layout);
@@ -365,8 +378,16 @@ struct Staging {
   StepShape shape;  // and as it runs, with padding.
   ChunkPlan chunks;                    // With its numbers on the host.
   const DeviceGraph* graph = nullptr;  // That runs it; null: operator by operator.
+  bool captures = false;               // It is captured before it is launched.
 
-  std::map<std::pair<int64_t, int64_t>, DeviceGraph> graphs;  // By their shape's outputs and reads.
+  struct Captured {
+    DeviceGraph graph;
+    StepTicket used;  // Last; of those that stay, which were captured when the model was loaded, kStays.
+  };
+  static constexpr StepTicket kStays = std::numeric_limits<StepTicket>::max();
+  std::map<StepShape, Captured> graphs;
+  int64_t repeated = 0;  // Of the graphs, those that do not stay.
+  StepShape before;      // Of the last step without a graph that might have had one.
 };
 
 // Which outputs a row gives.
@@ -488,13 +509,14 @@ class Engine final : public Model {
             RETURN_IF_ERROR(Compute(s));
             compute_.Synchronize();
             ASSIGN_OR_RETURN(DeviceGraph graph, compute_.Capture([&] { return Compute(s); }));
-            s.graphs.emplace(std::pair(s.shape.outputs, s.shape.reads), std::move(graph));
+            s.graphs.emplace(s.shape, Staging::Captured{std::move(graph), Staging::kStays});
             ++description_.graphs;
           }
         }
       }
       compute_.Synchronize();
       description_.graph_bytes = free_before - FreeDeviceBytes(description_.device);
+      captures_repeated_ = true;
       return absl::OkStatus();
     }));
   }
@@ -558,11 +580,8 @@ class Engine final : public Model {
       s.chunks = PlanChunks({s.host.offsets, rows.size() + 1}, weights_.heads, weights_.value_dim, chunk_blocks_,
                             splits_, s.host.plan);
     }
-    if (bucket.has_value()) {
-      FillPadding(&s);
-      const auto graph = s.graphs.find({s.shape.outputs, s.shape.reads});
-      if (graph != s.graphs.end()) s.graph = &graph->second;
-    }
+    if (bucket.has_value()) FillPadding(&s);
+    FindGraph(&s);
     RETURN_IF_ERROR(Checked(CatchTorch("copying a step's input", [&] {
       CopyIn(&s);
       return absl::OkStatus();
@@ -589,6 +608,7 @@ class Engine final : public Model {
       return absl::OkStatus();
     })));
     StepResult result;
+    result.as_graph = s.graph != nullptr;
     const float* output = s.host.output;
     int64_t read = 0;
     for (size_t r = 0; r < s.step_rows.size(); ++r) {
@@ -678,6 +698,41 @@ class Engine final : public Model {
     std::fill(host.gather + s->outputs, host.gather + std::max(s->outputs, s->shape.outputs), 0);
     std::fill(host.read_gather + s->reads, host.read_gather + std::max(s->reads, s->shape.reads), 0);
     std::fill(host.requests + s->reads, host.requests + std::max(s->reads, s->shape.reads), ReadoutRequest());
+  }
+
+  // The step's graph, or whether it is to have one. Of rows that all have as many tokens, the shape tells their
+  // lengths, on which depends what the delta rule launches.
+  void FindGraph(Staging* s) const {
+    if (const auto found = s->graphs.find(s->shape); found != s->graphs.end()) {
+      s->graph = &found->second.graph;
+      if (found->second.used != Staging::kStays) found->second.used = last_ticket_ + 1;
+    } else if (captures_repeated_ && s->shape.shortest == s->shape.longest && s->shape.tokens > 0 &&
+               s->shape.tokens <= kMostRepeatedTokens) {
+      s->captures = s->shape == s->before;
+      s->before = s->shape;
+    }
+  }
+
+  // Captures the step, in the place of the graph that has not been used for the longest time if there are too
+  // many. The staging is this step's, so none of its graphs runs. If it cannot be captured, no step is any more,
+  // and this one shows itself whether it is the device that is at fault.
+  void CaptureRepeated(Staging* s) {
+    DeviceGraph graph;
+    const absl::Status status = CatchTorch("capturing a step", [&]() -> absl::Status {
+      ASSIGN_OR_RETURN(graph, compute_.Capture([&] { return Compute(*s); }));
+      return absl::OkStatus();
+    });
+    if (!status.ok()) {
+      captures_repeated_ = false;
+      return;
+    }
+    if (s->repeated == kMostRepeated) {
+      const auto earlier = [](const auto& one, const auto& other) { return one.second.used < other.second.used; };
+      s->graphs.erase(std::min_element(s->graphs.begin(), s->graphs.end(), earlier));
+      --s->repeated;
+    }
+    s->graph = &s->graphs.emplace(s->shape, Staging::Captured{std::move(graph), s->ticket}).first->second.graph;
+    ++s->repeated;
   }
 
   void CopyIn(Staging* s) {
@@ -1142,6 +1197,7 @@ class Engine final : public Model {
     SetTorchThreads(threads_);
     const DeviceStream::Current current(compute_);
     compute_.Await(s->copied);
+    if (s->captures && captures_repeated_) CaptureRepeated(s);
     if (s->graph != nullptr) {
       compute_.Launch(*s->graph);
     } else {
@@ -1283,6 +1339,7 @@ class Engine final : public Model {
   ModelDescription description_;
 
   // Confined to the batch thread.
+  bool captures_repeated_ = false;
   Workspace workspace_;
   DeviceBuffer pool_;
   std::vector<int64_t> written_by_;  // A slot's last validation that saw it written.

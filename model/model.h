@@ -42,7 +42,7 @@ struct ModelDescription {
   int64_t session_bytes = 0;    // Of one slot: a session's whole state.
   int64_t num_slots = 0;        // Slots in the pool, 0 .. num_slots-1.
   int64_t weight_bytes = 0;     // On the device.
-  int64_t graphs = 0;           // Steps that were captured, to be launched as one; 0 on the CPU.
+  int64_t graphs = 0;           // Steps captured at load, to be launched as one; 0 on the CPU.
   int64_t graph_bytes = 0;      // Of the device's memory, for these.
   int64_t max_step_tokens = 0;  // Largest step that Prepare takes: workspace is sized for it.
   int64_t max_step_rows = 0;
@@ -137,6 +137,7 @@ struct StepResult {
   // A row each: OK, or INTERNAL if its state or output became infinite or NaN; its work slot is then
   // worthless, and no other row is touched by that.
   std::vector<absl::Status> rows;
+  bool as_graph = false;  // Whether the step was launched as a graph.
 };
 
 class Model {
@@ -170,8 +171,10 @@ struct ModelLoadProgress {
 
 // How a step runs whose rows have one token each. For tests other than kGraphs.
 enum class OneTokenSteps {
-  kGraphs,   // Padded to one of a few numbers of rows and launched as a graph, where the device has graphs.
-  kPadded,   // Padded likewise, on any device, and launched operator by operator.
+  // Padded to one of a few numbers of rows and launched as a graph, where the device has graphs; then steps of
+  // more tokens are graphs as well where they are repeated.
+  kGraphs,
+  kPadded,    // Padded likewise, on any device, and launched operator by operator.
   kUnpadded,  // As it is, operator by operator.
 };
 

@@ -104,7 +104,8 @@ class Sequence {
   std::vector<float> output_;
 };
 
-void Step(Model* model, const std::vector<Sequence*>& sequences, const std::vector<int64_t>& tokens) {
+void Step(Model* model, const std::vector<Sequence*>& sequences, const std::vector<int64_t>& tokens,
+          bool* as_graph = nullptr) {
   std::vector<StepRow> rows;
   for (size_t i = 0; i < sequences.size(); ++i) rows.push_back(sequences[i]->Next(tokens[i]));
   auto ticket = model->Prepare(rows);
@@ -114,6 +115,7 @@ void Step(Model* model, const std::vector<Sequence*>& sequences, const std::vect
   ASSERT_TRUE(result.ok()) << result.status();
   for (const absl::Status& status : result->rows) ASSERT_TRUE(status.ok()) << status;
   for (size_t i = 0; i < sequences.size(); ++i) sequences[i]->Commit(tokens[i]);
+  if (as_graph != nullptr) *as_graph = result->as_graph;
 }
 
 double RelativeError(const float* got, const double* want, int64_t count) {
@@ -610,6 +612,83 @@ TEST_P(EngineTest, PaddedStepsAndGraphsGiveWhatTheirRowsGive) {
       EXPECT_TRUE(same(FedTokenByToken(graphs.get(), rows, 0), captures ? with_padding : alone));
       const std::vector<double> want(alone.begin(), alone.end());
       EXPECT_LE(RelativeError(with_padding.data(), want.data(), want.size()), Loose(1e-5));
+    }
+  }
+}
+
+// Steps of one shape in a row are launched as a graph from the second that a staging has on, whatever slots and values
+// they have; of many shapes the last are kept.
+TEST_P(EngineTest, RepeatedStepsGiveWhatTheirRowsGive) {
+  ModelConfig configs[3];
+  for (ModelConfig& config : configs) {
+    config.d_model = 16;
+    config.chunk_size = 4;
+    config.num_layers = 2;
+  }
+  configs[0].family = Family::kTransformerDeltaNet;  // Centred: tokens give no output at first.
+  configs[1].family = Family::kDeltaNetModel;
+  configs[1].num_heads = 2;
+  configs[1].vocab_size = 50;
+  configs[1].mlp_ratio = 2;
+  configs[1].ff_hidden_dim = 32;
+  configs[2].family = Family::kDeltaNet;
+  configs[2].d_model = 128;  // Heads that long rows have a kernel for.
+  configs[2].num_heads = 2;
+  configs[2].vocab_size = 50;
+  configs[2].ff_hidden_dim = 24;
+  configs[2].norm_eps = 1e-5;
+  for (const ModelConfig& config : configs) {
+    const std::string directory = WriteRandomModel(config, 78);
+    const std::unique_ptr<Model> graphs = Load(directory, GetParam());
+    const std::unique_ptr<Model> unpadded = Load(directory, GetParam(), OneTokenSteps::kUnpadded);
+    const bool captures = DeviceGraph::Supported(GetParam().device);
+    // Outputs of `count` sequences fed in chunks of `tokens`, seven of them, and how many were graphs.
+    const auto fed = [&](Model* model, int64_t count, int64_t tokens, int* as_graph) {
+      std::vector<std::vector<char>> inputs;
+      std::vector<Sequence> sequences;
+      std::vector<Sequence*> all;
+      for (int64_t i = 0; i < count; ++i) {
+        inputs.push_back(RandomInput(model->description(), 8 * tokens, static_cast<uint32_t>(100 * tokens + i)));
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        sequences.emplace_back(*model, inputs[i].data(), 8 * tokens, static_cast<int32_t>(2 * i));
+      }
+      for (Sequence& sequence : sequences) all.push_back(&sequence);
+      *as_graph = 0;
+      for (int step = 0; step < 7; ++step) {
+        bool one = false;
+        Step(model, all, std::vector<int64_t>(count, tokens), &one);
+        *as_graph += one ? 1 : 0;
+      }
+      std::vector<float> outputs;
+      for (const Sequence& sequence : sequences) {
+        outputs.insert(outputs.end(), sequence.output().begin(), sequence.output().end());
+      }
+      return outputs;
+    };
+    for (const auto& [count, tokens] : {std::pair<int64_t, int64_t>{1, 16}, {3, 5}, {1, 100}, {2, 64}, {1, 16}}) {
+      SCOPED_TRACE(absl::StrCat(ModelConfigJson(config), ", ", count, " x ", tokens));
+      int as_graph = 0, none = 0;
+      const std::vector<float> want = fed(unpadded.get(), count, tokens, &none);
+      const std::vector<float> got = fed(graphs.get(), count, tokens, &as_graph);
+      ASSERT_EQ(got.size(), want.size());
+      EXPECT_EQ(std::memcmp(got.data(), want.data(), want.size() * sizeof(float)), 0);
+      EXPECT_EQ(none, 0);
+      // The first two of each shape of outputs are not: there are two stagings.
+      if (captures) {
+        EXPECT_GE(as_graph, 2);
+      } else {
+        EXPECT_EQ(as_graph, 0);
+      }
+    }
+    for (int round = 0; round < 2; ++round) {  // More shapes than are kept.
+      for (int64_t tokens = 2; tokens < 42; ++tokens) {
+        SCOPED_TRACE(absl::StrCat(ModelConfigJson(config), ", ", tokens));
+        int as_graph = 0, none = 0;
+        const std::vector<float> want = fed(unpadded.get(), 1, tokens, &none);
+        const std::vector<float> got = fed(graphs.get(), 1, tokens, &as_graph);
+        EXPECT_EQ(std::memcmp(got.data(), want.data(), want.size() * sizeof(float)), 0);
+      }
     }
   }
 }
