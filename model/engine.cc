@@ -219,6 +219,7 @@ struct StepShape {
   int64_t shortest = 0, longest = 0;  // Tokens of a row.
   int64_t outputs = 0;                // Handed over,
   int64_t reads = 0;                  // and read out.
+  bool in_place = false;              // Whether a row writes the slot that it reads.
 
   auto operator<=>(const StepShape&) const = default;
 };
@@ -649,6 +650,7 @@ class Engine final : public Model {
       shape.tokens += row.tokens;
       shape.shortest = std::min(shape.shortest, row.tokens);
       shape.longest = std::max(shape.longest, row.tokens);
+      shape.in_place = shape.in_place || (!row.fresh && row.base_slot == row.work_slot);
       (row.readout == ReadoutKind::kValues ? shape.outputs : shape.reads) +=
           RowOutputs(row, description_.lookahead).count();
     }
@@ -672,7 +674,7 @@ class Engine final : public Model {
 
   // A step of `bucket` rows of one token and as many outputs, which are read out or else handed over.
   static StepShape Padded(int64_t bucket, bool reads_out) {
-    return {bucket, bucket, 1, 1, reads_out ? 0 : bucket, reads_out ? bucket : 0};
+    return {bucket, bucket, 1, 1, reads_out ? 0 : bucket, reads_out ? bucket : 0, /*in_place=*/true};
   }
 
   // What the step's shape has beyond its rows.
@@ -1235,6 +1237,7 @@ class Engine final : public Model {
     rows.base_slot = side.base_slot;
     rows.work_slot = side.work_slot;
     rows.fresh = side.fresh;
+    rows.in_place = s.shape.in_place;
     rows.position = side.position;
     rows.end = side.end;
     rows.chunks = s.chunks;

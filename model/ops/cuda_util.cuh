@@ -76,8 +76,8 @@ struct LaunchShape {
 };
 
 template <typename... Parameters>
-absl::Status Launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape, bool overlapping,
-                    cudaStream_t stream, const Parameters&... arguments) {
+absl::Status LaunchOverlapping(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape,
+                               cudaStream_t stream, const Parameters&... arguments) {
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.grid;
@@ -85,7 +85,7 @@ absl::Status Launch(const char* name, void (*kernel)(Parameters...), const Launc
   config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
   config.stream = stream;
   config.attrs = attributes;
-  if (overlapping && RunsHopperCode(reinterpret_cast<const void*>(kernel))) {
+  if (RunsHopperCode(reinterpret_cast<const void*>(kernel))) {
     attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[0].val.programmaticStreamSerializationAllowed = 1;
     config.numAttrs = 1;
@@ -97,12 +97,6 @@ absl::Status Launch(const char* name, void (*kernel)(Parameters...), const Launc
   }
   if (cudaLaunchKernelEx(&config, kernel, arguments...) != cudaSuccess) return LaunchStatus(name);
   return absl::OkStatus();
-}
-
-template <typename... Parameters>
-absl::Status LaunchOverlapping(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape,
-                               cudaStream_t stream, const Parameters&... arguments) {
-  return Launch(name, kernel, shape, /*overlapping=*/true, stream, arguments...);
 }
 
 __device__ inline float ToFloat(float x) { return x; }

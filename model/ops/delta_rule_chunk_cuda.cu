@@ -87,7 +87,8 @@
 // Cutting T between both producers (A and the diagonal; the columns and P) took 141 us instead of 122, for
 // their 64 registers a thread do not hold it. One consumer: its own chain, some 2800 of 3600 cycles a chunk,
 // of which the tensor cores are busy 1150, and 1660 with T's and P's; only a split of the sequence would
-// help, if few rows keep the device busy. Effects: where each block made all of T, that took 7400 cycles of
+// help, if few rows keep the device busy. States that are brought into the L2 while the pieces before are worked
+// on: 64 rows of 64 take 88 us instead of 82. Effects: where each block made all of T, that took 7400 cycles of
 // each producer a chunk and so 3760 a chunk, 1280 of which the consumers waited, and one row of 8192 took
 // 139 us: the first pass 62, the join 9, the last 70. K = 256: two stages, each of which lives through its
 // copy, T and the consumer; such rows are not split.
@@ -177,12 +178,19 @@ struct Ring {
   }
 };
 
+// What a kernel waits for of the one before it, beside which it may begin.
+enum class Waits {
+  kNothing,  // They go side by side.
+  kStates,   // That one writes the states that this one reads.
+  kAll,
+};
+
 struct Problem {
   RaggedRows rows;
   DeltaRuleArgs args;
   ChunkShares shares;   // Of rows.chunks, this launch's,
   int parts;            // and what a head is cut into there.
-  bool awaits;          // The states that it reads are written by the kernel before it.
+  Waits waits;
   CUtensorMap q, k, v;  // [columns / 64, tokens, 64], a box of them a copy.
 };
 
@@ -1092,14 +1100,15 @@ __global__ void __launch_bounds__(Layout<kKeys, kConsumers>::kThreads, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using L = Layout<kKeys, kConsumers>;
   unsigned char* const memory = DynamicSharedMemory();
-  if (problem.rows.chunks.split_rows > 0 && !problem.awaits) LetNextBegin();
   const Walk<L> walk = Begin<L, kConsumers>(problem, memory);
+  if (problem.waits == Waits::kAll) AwaitEarlier();
+  LetNextBegin();  // Now, for it may be one that waits for nothing.
 
   const int thread = threadIdx.x;
   const int group = __shfl_sync(0xffffffffu, thread / 128, 0);
   if (group < kConsumers) {
     MoreRegisters<L::kConsumerRegisters>();
-    if (problem.awaits) AwaitEarlier();
+    if (problem.waits == Waits::kStates) AwaitEarlier();
     Consume<L, kKeys, kConsumers, kNarrow>(problem, walk, memory, group, thread % 128);
   } else if (group < 3) {
     FewerRegisters<L::kMakerRegisters>();
@@ -1120,8 +1129,9 @@ __global__ void __launch_bounds__(512, 1) SegmentEffectsKernel(const __grid_cons
   constexpr int kConsumers = 2;
   using L = Layout<kKeys, kConsumers, /*kWithOutputs=*/false>;
   unsigned char* const memory = DynamicSharedMemory();
-  LetNextBegin();  // The first segments.
   const Walk<L> walk = Begin<L, kConsumers>(problem, memory);
+  if (problem.waits == Waits::kAll) AwaitEarlier();
+  LetNextBegin();  // The first segments, which wait for nothing.
 
   const int thread = threadIdx.x;
   const int group = __shfl_sync(0xffffffffu, thread / 128, 0);
@@ -1227,10 +1237,9 @@ absl::Status MapTiles(const RaggedRows& rows, const DeltaRuleArgs& args, const v
                      {bytes, kTileBytes / kChunk}, {64, kChunk, static_cast<uint32_t>(tiles)}, map);
 }
 
-// Launches a kernel of one block a multiprocessor, of a layout, over its shares of the plan; `overlapping`
-// the kernel before it.
+// Launches a kernel of one block a multiprocessor, of a layout, over its shares of the plan.
 template <typename L>
-absl::Status LaunchShares(const char* name, void (*kernel)(Problem), const Problem& problem, bool overlapping,
+absl::Status LaunchShares(const char* name, void (*kernel)(Problem), const Problem& problem,
                           cudaStream_t stream) {
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kBytes);
@@ -1238,46 +1247,43 @@ absl::Status LaunchShares(const char* name, void (*kernel)(Problem), const Probl
     return absl::InternalError(
         absl::StrCat(name, " needs ", L::kBytes, " bytes of shared memory: ", cudaGetErrorString(error)));
   }
-  return Launch(name, kernel,
-                {.grid = dim3(static_cast<unsigned>(problem.shares.blocks)),
-                 .threads = L::kThreads,
-                 .shared_bytes = L::kBytes,
-                 .cluster = L::kCluster},
-                overlapping, stream, problem);
+  return LaunchOverlapping(name, kernel,
+                           {.grid = dim3(static_cast<unsigned>(problem.shares.blocks)),
+                            .threads = L::kThreads,
+                            .shared_bytes = L::kBytes,
+                            .cluster = L::kCluster},
+                           stream, problem);
 }
 
 // What the plan has for this launch.
 template <int kKeys, int kConsumers>
-absl::Status LaunchChunks(Problem problem, ChunkShares shares, bool awaits, bool overlapping,
-                          cudaStream_t stream) {
+absl::Status LaunchChunks(Problem problem, ChunkShares shares, Waits waits, cudaStream_t stream) {
   problem.shares = shares;
   problem.parts = kKeys / (64 * kConsumers);
-  problem.awaits = awaits;
+  problem.waits = waits;
   RETURN_IF_ERROR(MapTiles(problem.rows, problem.args, problem.args.v, kConsumers, &problem.v));
   constexpr char kName[] = "DeltaRuleChunkKernel";
   using L = Layout<kKeys, kConsumers>;
   return problem.args.out_bfloat16 != nullptr
-             ? LaunchShares<L>(kName, DeltaRuleChunkKernel<kKeys, kConsumers, true>, problem, overlapping,
-                               stream)
-             : LaunchShares<L>(kName, DeltaRuleChunkKernel<kKeys, kConsumers, false>, problem, overlapping,
-                               stream);
+             ? LaunchShares<L>(kName, DeltaRuleChunkKernel<kKeys, kConsumers, true>, problem, stream)
+             : LaunchShares<L>(kName, DeltaRuleChunkKernel<kKeys, kConsumers, false>, problem, stream);
 }
 
 // The effects of the segments between, beside them the first segments, from which follow the states that the
 // last launch begins its segments with.
 template <int kKeys>
-absl::Status LaunchFirstPass(Problem problem, bool overlapping, cudaStream_t stream) {
+absl::Status LaunchFirstPass(Problem problem, Waits waits, cudaStream_t stream) {
   const ChunkPlan& plan = problem.rows.chunks;
   if (plan.effects.blocks > 0) {
     using L = Layout<kKeys, 2, /*kWithOutputs=*/false>;
     problem.shares = plan.effects;
     problem.parts = L::kKeyTiles;
+    problem.waits = waits;
     RETURN_IF_ERROR(MapTiles(problem.rows, problem.args, problem.args.v, L::kValueTiles, &problem.v));
-    RETURN_IF_ERROR(
-        LaunchShares<L>("SegmentEffectsKernel", SegmentEffectsKernel<kKeys>, problem, overlapping, stream));
-    overlapping = true;
+    RETURN_IF_ERROR(LaunchShares<L>("SegmentEffectsKernel", SegmentEffectsKernel<kKeys>, problem, stream));
+    waits = Waits::kNothing;
   }
-  RETURN_IF_ERROR((LaunchChunks<kKeys, 1>(problem, plan.first, /*awaits=*/false, overlapping, stream)));
+  RETURN_IF_ERROR((LaunchChunks<kKeys, 1>(problem, plan.first, waits, stream)));
   if (plan.effects.blocks == 0) return absl::OkStatus();
   const dim3 grid(kKeys / kJoinedColumns, static_cast<unsigned>(problem.args.heads),
                   static_cast<unsigned>(plan.split_rows));
@@ -1293,15 +1299,18 @@ absl::Status Launch(const RaggedRows& rows, const DeltaRuleArgs& args, bool with
   Problem problem{.rows = rows, .args = args};
   RETURN_IF_ERROR(MapTiles(rows, args, args.q, kKeys / 64, &problem.q));
   RETURN_IF_ERROR(MapTiles(rows, args, args.k, kKeys / 64, &problem.k));
-  const bool split = plan.split_rows > 0;
+  Waits waits = with_short_rows ? Waits::kNothing : Waits::kAll;
   if constexpr (kKeys <= 128) {
-    if (split) RETURN_IF_ERROR(LaunchFirstPass<kKeys>(problem, with_short_rows, stream));
+    if (plan.split_rows > 0) {
+      RETURN_IF_ERROR(LaunchFirstPass<kKeys>(problem, waits, stream));
+      waits = Waits::kStates;
+    }
   }
   const ChunkShares all{.at = 0, .blocks = plan.blocks};
   if constexpr (kKeys == 128) {
-    if (plan.parts == 1) return LaunchChunks<kKeys, 2>(problem, all, split, with_short_rows || split, stream);
+    if (plan.parts == 1) return LaunchChunks<kKeys, 2>(problem, all, waits, stream);
   }
-  return LaunchChunks<kKeys, 1>(problem, all, split, with_short_rows || split, stream);
+  return LaunchChunks<kKeys, 1>(problem, all, waits, stream);
 }
 
 }  // namespace

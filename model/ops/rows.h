@@ -68,6 +68,7 @@ struct RaggedRows {
   const int32_t* base_slot = nullptr;  // [R] State read; ignored where fresh.
   const int32_t* work_slot = nullptr;  // [R] State written; may equal base_slot; no two rows share one. -1: padding.
   const uint8_t* fresh = nullptr;      // [R] 1: the row starts from zero state and reads no slot.
+  bool in_place = true;                // False: the host knows that all rows that are not fresh write another slot.
   const int64_t* position = nullptr;   // [R] Time of the row's first token.
   const int64_t* end = nullptr;        // [R] Length of the sequence, or INT64_MAX while unknown.
   ChunkPlan chunks;  // Read on CUDA only. Without blocks, long rows go token by token as well.

@@ -1,5 +1,9 @@
-// The front of a `delta_net` mixer on a GPU, by one of two kernels; tails follow in a kernel of their own,
-// because a row's last block may run before its first has read the old tail.
+// The front of a `delta_net` mixer on a GPU, by one of two kernels.
+//
+// Tails. With strips, the block that has a row's last token writes what is kept of it, where that is another
+// slot than the row's own; else it might do so before the row's first block has read the old tail. Those that
+// this leaves, and rows without tokens, follow in a kernel of their own, if the host knows of any; after the
+// other kernel all do.
 //
 // Strips, for four taps and heads of a power of two of 8-channel strips, up to 32 (K of 8 to 256), all of it
 // aligned: a thread walks along a tile of tokens with 8 neighbouring channels, whose weights and last three
@@ -8,7 +12,8 @@
 // neighbours have a head of q or k, and sum it up by shuffles. A block is 128 strips of a tile, a tile's
 // first block its betas; tiles are long where tokens are many, to read weights seldom, and short where they
 // are few, to keep the device busy. A token's bits do not depend on where tiles begin. The kernel begins, and
-// reads its weights, while the one before it ends (LaunchOverlapping), and so does that of the tails.
+// reads its weights, while the one before it ends (LaunchOverlapping), and so does that of the tails, which took
+// 4 to 8 us.
 //
 // Heads, for all else: a block takes kTile tokens through one head of q, k or v (the last block of a tile:
 // through beta), a warp a token, lanes over channels, so that z is read and out written in whole lines; older
@@ -103,6 +108,11 @@ __device__ inline void WriteBeta(const ShortConvQkvArgs& args, int64_t n, int64_
   static_cast<T*>(args.out)[n * args.out_stride + first + h] = FromFloat<T>(beta);
 }
 
+// Whether a row's tail is written by the strips.
+__device__ inline bool StripsKeepTail(const RaggedRows& rows, int row) {
+  return rows.fresh[row] != 0 || rows.base_slot[row] != rows.work_slot[row];
+}
+
 // Grid (tiles, a block of betas and those of strips).
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4)
@@ -139,9 +149,9 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int z_stride = static_cast<int>(args.z_stride), out_stride = static_cast<int>(args.out_stride);
   int row = rows.token_row[begin];
   for (int64_t n = begin; n < end; ++row) {  // The tile's part of a row at a time.
-    const int64_t row_begin = rows.offsets[row];
-    const int64_t part_end = rows.offsets[row + 1] < end ? rows.offsets[row + 1] : end;
-    if (rows.offsets[row + 1] - row_begin <= args.longer_than) n = part_end;
+    const int64_t row_begin = rows.offsets[row], row_end = rows.offsets[row + 1];
+    const int64_t part_end = row_end < end ? row_end : end;
+    if (row_end - row_begin <= args.longer_than) n = part_end;
     if (n == part_end) continue;  // A row without tokens, or with so few.
     int left = static_cast<int>(part_end - n);
     const T* from = z + n * args.z_stride;  // The next of the part's `left` tokens.
@@ -239,6 +249,22 @@ __global__ void __launch_bounds__(kThreads, 4)
       }
       to += kTokens * out_stride;
     }
+    if (part_end < row_end || !there || rows.work_slot[row] < 0 || !StripsKeepTail(rows, row)) continue;
+    Packed<T, kStrip> kept[kPast];
+#pragma unroll
+    for (int j = 0; j < kPast; ++j) {
+      const int64_t token = row_end - kPast + j;
+      if (token >= row_begin) {
+        kept[j] = LoadPacked<kStrip>(z + token * z_stride);
+      } else if (rows.fresh[row] == 0) {
+        kept[j] = LoadPacked<kStrip>(TailOf<T>(args, rows.base_slot[row]) + (token - row_begin + kPast) * width + channel);
+      } else {
+        kept[j] = {};
+      }
+    }
+    T* const tail = TailOf<T>(args, rows.work_slot[row]) + channel;
+#pragma unroll
+    for (int j = 0; j < kPast; ++j) *reinterpret_cast<Packed<T, kStrip>*>(tail + j * width) = kept[j];
   }
 }
 
@@ -321,9 +347,10 @@ __global__ void ShortConvHeadKernel(RaggedRows rows, ShortConvQkvArgs args) {
   }
 }
 
-// A thread is a channel of a row. It reads all that it keeps before it writes, so base may be work.
+// The tails of all rows, or of those that the strips have left. A thread is a channel of a row. It reads all that it
+// keeps before it writes, so base may be work.
 template <typename T>
-__global__ void ShortConvTailKernel(RaggedRows rows, ShortConvQkvArgs args) {
+__global__ void ShortConvTailKernel(RaggedRows rows, ShortConvQkvArgs args, bool after_strips) {
   LetNextBegin();
   AwaitEarlier();
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -332,6 +359,7 @@ __global__ void ShortConvTailKernel(RaggedRows rows, ShortConvQkvArgs args) {
   const int row = static_cast<int>(index / width);
   const int64_t tokens = rows.offsets[row + 1] - rows.offsets[row];
   if (rows.work_slot[row] < 0 || tokens <= args.longer_than) return;
+  if (after_strips && tokens > 0 && StripsKeepTail(rows, row)) return;
   const int64_t c = index % width;
   const int64_t kept = args.taps - 1;
   const int64_t from = tokens - kept;
@@ -349,7 +377,8 @@ __global__ void ShortConvTailKernel(RaggedRows rows, ShortConvQkvArgs args) {
 
 template <typename T>
 absl::Status Launch(const RaggedRows& rows, const ShortConvQkvArgs& args, cudaStream_t stream) {
-  if (rows.tokens > 0 && TakesStrips(args)) {
+  const bool strips = rows.tokens > 0 && TakesStrips(args);
+  if (strips) {
     RETURN_IF_ERROR(LaunchStrips<T>(rows, args, stream));
   } else if (rows.tokens > 0) {
     const int64_t blocks = (rows.tokens + kTile - 1) / kTile * (3 * args.heads + 1);
@@ -357,10 +386,11 @@ absl::Status Launch(const RaggedRows& rows, const ShortConvQkvArgs& args, cudaSt
     RETURN_IF_ERROR(LaunchStatus("ShortConvHeadKernel"));
   }
   if (rows.rows == 0 || args.taps < 2) return absl::OkStatus();
+  if (strips && !rows.in_place && rows.shortest > 0) return absl::OkStatus();  // No tail is left.
   const int64_t channels = rows.rows * QkvWidth(args);
   const dim3 grid(static_cast<unsigned>((channels + kThreads - 1) / kThreads));
   return LaunchOverlapping("ShortConvTailKernel", ShortConvTailKernel<T>, {.grid = grid, .threads = kThreads}, stream,
-                           rows, args);
+                           rows, args, strips);
 }
 
 }  // namespace

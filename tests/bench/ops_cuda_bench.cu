@@ -277,7 +277,8 @@ class Bench {
                           .token_row = token_row_there.data(),
                           .base_slot = base_there.data(),
                           .work_slot = work_there.data(),
-                          .fresh = fresh.data()};
+                          .fresh = fresh.data(),
+                          .in_place = false};
     const ShortConvQkvArgs args{.heads = kHeads,
                                 .key_dim = kSize,
                                 .value_dim = kSize,

@@ -162,7 +162,9 @@ struct Ragged {
   }
   RaggedRows rows() const {
     int64_t shortest = std::numeric_limits<int64_t>::max(), longest = 0;
+    bool in_place = false;
     for (size_t r = 0; r + 1 < offsets.size(); ++r) {
+      in_place = in_place || (fresh[r] == 0 && base_slot[r] == work_slot[r]);
       shortest = std::min<int64_t>(shortest, offsets[r + 1] - offsets[r]);
       longest = std::max<int64_t>(longest, offsets[r + 1] - offsets[r]);
     }
@@ -174,6 +176,7 @@ struct Ragged {
                       .base_slot = base_slot.data(),
                       .work_slot = work_slot.data(),
                       .fresh = fresh.data(),
+                      .in_place = in_place,
                       .position = position.data(),
                       .end = end.data()};
   }
