@@ -199,7 +199,10 @@ __global__ void __launch_bounds__(2 * kDim, kDim == 128 ? 2 : 5)
   const bool fresh = rows.fresh[row] != 0;
   const int count = end - begin;
   // All in one condition, or they are not asked for together.
-  if ((count > kDeltaRuleFewTokens) | (work_slot < 0) | ((base_slot < 0) & !fresh)) return;
+  if ((count > kDeltaRuleFewTokens) | (work_slot < 0) | ((base_slot < 0) & !fresh)) {
+    AwaitEarlier();
+    return;
+  }
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int part = warp / L::kHalves, column = warp % L::kHalves * 16 + lane % 16;
   const int first_row = (2 * part + lane / 16) * kRows;

@@ -50,7 +50,15 @@
 // Tried and no gain, with 64 tokens: tokens copied to two blocks of a cluster at once (1.4 to 2.4 us worse);
 // tiles of 48, 64, 112, 128, 176 or 192 rows for the first and third line; no parts of k for the third
 // (14.9); the fourth as 16 x 8 of 128 rows; a step's products pending while the next begin; three blocks of
-// 75 KiB a multiprocessor (42.0 for the four); 16, 64 or 96 KiB of b on their way.
+// 75 KiB a multiprocessor (42.0 for the four); 16, 64 or 96 KiB of b on their way. In the 1.3B model's step of
+// 64, of 1.96 ms: 84 instead of 113 KiB for any of the four, so that two blocks of the mixer fit beside (1.97
+// to 2.01), and for each of them 24 to 64 KiB on their way at first or later, or the next kernel let begin 2
+// steps before the end, 8 or at the start (1.98 to 2.03).
+//
+// What the four, of 39.8, take without some of it (28 November 2026, wrong results): without waiting for the
+// kernel before 35.7, without the other blocks' sums 37.0, without both 33.1; with a quarter of the tokens' bytes
+// 39.6, with a quarter of b's 34.9, and without any of these 26.0. So it is waits, of which each of four
+// kernels has one after the other, that are between this and the floor, and not what is moved.
 #include <algorithm>
 #include <cstdint>
 
