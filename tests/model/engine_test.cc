@@ -572,9 +572,9 @@ std::vector<float> FedTokenByToken(Model* model, int64_t count, int64_t others) 
   return outputs;
 }
 
-// Padding is to a row what any other row is, a graph what its launches are, and to slots padding is nothing.
-TEST_P(EngineTest, PaddedStepsAndGraphsGiveWhatTheirRowsGive) {
-  ModelConfig configs[4];
+// A model of each kind.
+std::vector<ModelConfig> NarrowModels() {
+  std::vector<ModelConfig> configs(4);
   for (ModelConfig& config : configs) {
     config.d_model = 16;
     config.chunk_size = 4;
@@ -593,10 +593,15 @@ TEST_P(EngineTest, PaddedStepsAndGraphsGiveWhatTheirRowsGive) {
   configs[3].vocab_size = 50;
   configs[3].ff_hidden_dim = 24;
   configs[3].norm_eps = 1e-5;
+  return configs;
+}
+
+// Padding is to a row what any other row is, a graph what its launches are, and to slots padding is nothing.
+TEST_P(EngineTest, PaddedStepsAndGraphsGiveWhatTheirRowsGive) {
   const auto same = [](const std::vector<float>& a, const std::vector<float>& b) {
     return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
   };
-  for (const ModelConfig& config : configs) {
+  for (const ModelConfig& config : NarrowModels()) {
     const std::string directory = WriteRandomModel(config, 77);
     const std::unique_ptr<Model> graphs = Load(directory, GetParam());
     const std::unique_ptr<Model> padded = Load(directory, GetParam(), OneTokenSteps::kPadded);
@@ -619,24 +624,8 @@ TEST_P(EngineTest, PaddedStepsAndGraphsGiveWhatTheirRowsGive) {
 // Steps of one shape in a row are launched as a graph from the second that a staging has on, whatever slots and values
 // they have; of many shapes the last are kept.
 TEST_P(EngineTest, RepeatedStepsGiveWhatTheirRowsGive) {
-  ModelConfig configs[3];
-  for (ModelConfig& config : configs) {
-    config.d_model = 16;
-    config.chunk_size = 4;
-    config.num_layers = 2;
-  }
-  configs[0].family = Family::kTransformerDeltaNet;  // Centred: tokens give no output at first.
-  configs[1].family = Family::kDeltaNetModel;
-  configs[1].num_heads = 2;
-  configs[1].vocab_size = 50;
-  configs[1].mlp_ratio = 2;
-  configs[1].ff_hidden_dim = 32;
-  configs[2].family = Family::kDeltaNet;
-  configs[2].d_model = 128;  // Heads that long rows have a kernel for.
-  configs[2].num_heads = 2;
-  configs[2].vocab_size = 50;
-  configs[2].ff_hidden_dim = 24;
-  configs[2].norm_eps = 1e-5;
+  std::vector<ModelConfig> configs = NarrowModels();
+  configs.back().d_model = 128;  // Of heads that long rows have a kernel for.
   for (const ModelConfig& config : configs) {
     const std::string directory = WriteRandomModel(config, 78);
     const std::unique_ptr<Model> graphs = Load(directory, GetParam());
