@@ -41,9 +41,9 @@
 // add to the residual stream, the sums of its squares after, which would save both RMSNorms (28 November 2026,
 // 2048, 4096, 16,384 rows, in us, the library's, and the norm): to q, k, v, beta, of which four stages fit, 86,
 // 160, 659 (69, 155, 617); out 51, 89, 318 (27 + 8, 55 + 16, 230 + 53); down 109, 179, 718 (72 + 8, 145 + 16,
-// 576 + 53). What is added has no room in shared memory to come ahead, and to be loaded by threads between
-// products holds these up; with tiles of 128 columns it has, and shared memory is then what bounds (45 and 91 us
-// with 2048 rows).
+// 576 + 53; a test of it still failed). What is added has no room in shared memory to come ahead, and to be
+// loaded by threads between products holds these up; with tiles of 128 columns it has, and shared memory is
+// then what bounds (45 and 91 us with 2048 rows).
 #include <algorithm>
 #include <cstdint>
 
