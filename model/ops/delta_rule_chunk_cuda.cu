@@ -87,12 +87,12 @@
 // Cutting T between both producers (A and the diagonal; the columns and P) took 141 us instead of 122, for
 // their 64 registers a thread do not hold it. One consumer: its own chain, some 2800 of 3600 cycles a chunk,
 // of which the tensor cores are busy 1150, and 1660 with T's and P's; only a split of the sequence would
-// help, if few rows keep the device busy. The next piece's state brought into the L2 while
-// this one's is loaded: 64 rows of 64 gain 1.5 %, 32 of 512 lose 5 (H100); by the producer that copies, 64 of 64
-// take 88 us instead of 82. Effects: where each block made all of T, that took 7400 cycles of
-// each producer a chunk and so 3760 a chunk, 1280 of which the consumers waited, and one row of 8192 took
-// 139 us: the first pass 62, the join 9, the last 70. K = 256: two stages, each of which lives through its
-// copy, T and the consumer; such rows are not split.
+// help, if few rows keep the device busy. The next piece's state brought into the L2 while this one's is
+// loaded: 64 rows of 64 gain 1.5 %, 32 of 512 lose 5 (H100); by the producer that copies, 64 of 64 take 88 us
+// instead of 82. Effects: where each block made all of T, that took 7400 cycles of each producer a chunk and
+// so 3760 a chunk, 1280 of which the consumers waited, and one row of 8192 took 139 us: the first pass 62, the
+// join 9, the last 70. K = 256: two stages, each of which lives through its copy, T and the consumer; such
+// rows are not split.
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>

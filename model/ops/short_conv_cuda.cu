@@ -12,8 +12,8 @@
 // neighbours have a head of q or k, and sum it up by shuffles. A block is 128 strips of a tile, a tile's
 // first block its betas; tiles are long where tokens are many, to read weights seldom, and short where they
 // are few, to keep the device busy. A token's bits do not depend on where tiles begin. The kernel begins, and
-// reads its weights, while the one before it ends (LaunchOverlapping), and so does that of the tails, which took
-// 4 to 8 us.
+// reads its weights, while the one before it ends (LaunchOverlapping), and so does that of the tails, which
+// took 4 to 8 us.
 //
 // Heads, for all else: a block takes kTile tokens through one head of q, k or v (the last block of a tile:
 // through beta), a warp a token, lanes over channels, so that z is read and out written in whole lines; older
@@ -257,7 +257,8 @@ __global__ void __launch_bounds__(kThreads, 4)
       if (token >= row_begin) {
         kept[j] = LoadPacked<kStrip>(z + token * z_stride);
       } else if (rows.fresh[row] == 0) {
-        kept[j] = LoadPacked<kStrip>(TailOf<T>(args, rows.base_slot[row]) + (token - row_begin + kPast) * width + channel);
+        kept[j] = LoadPacked<kStrip>(TailOf<T>(args, rows.base_slot[row]) +
+                                     (token - row_begin + kPast) * width + channel);
       } else {
         kept[j] = {};
       }
