@@ -7,7 +7,7 @@
 // tile's rows for 64 tokens, or all of them for one half of 128. One thread of a further warp queues the
 // copies of b and one of the next warp those of a, in steps of 64 elements of k, into two rings in shared
 // memory, at most 113 KiB together, so that the next kernel's block fits a multiprocessor beside. Of b no
-// more than some 32 KiB are on their way, since the tokens queue behind them. Two, four or eight blocks may
+// more than some 48 KiB are on their way, since the tokens queue behind them. Two, four or eight blocks may
 // share a tile, each a part of k; they are a cluster: each leaves its sums in its shared memory, and each
 // adds up a part of the tokens, of all blocks in the order of the parts. So there are no atomics and no
 // workspace, and the same operands give the same bits.
@@ -50,17 +50,25 @@
 // Tried and no gain, with 64 tokens: tokens copied to two blocks of a cluster at once (1.4 to 2.4 us worse);
 // tiles of 48, 64, 112, 128, 176 or 192 rows for the first and third line; no parts of k for the third
 // (14.9); the fourth as 16 x 8 of 128 rows; a step's products pending while the next begin; three blocks of
-// 75 KiB a multiprocessor (42.0 for the four); 16, 64 or 96 KiB of b on their way. In the 1.3B model's step of
-// 64, of 1.96 ms: 84 instead of 113 KiB for any of the four, so that two blocks of the mixer fit beside (1.97
-// to 2.01), and for each of them 24 to 64 KiB on their way at first or later, or the next kernel let begin 2
-// steps before the end, 8 or at the start (1.98 to 2.03).
+// 75 KiB a multiprocessor (42.0 for the four). In the 1.3B model's step of 64, of 1.96 ms: 84 instead of 113
+// KiB for any of the four, so that two blocks of the mixer fit beside (1.97 to 2.01); for each of them 24 to
+// 64 KiB on their way at first, or the next kernel let begin 2 steps before the end, 8 or at the start (1.98
+// to 2.03); one or two more steps of tokens in the ring and as much less of b (1.96, 2.01). Of b on its way
+// 32, 40, 48, 60 or 72 KiB: 1.97, 1.96, 1.95, 1.95, 1.96. Nor does it help to use the memory while a block
+// waits for its tokens: with 2, 4 or 8 steps of b beyond the ring brought into the L2, then or all along, the
+// step took as long or 1 % less at best, and more with the mixer's next states or o_proj's matrix (2.00
+// to 2.04).
+//
+// Nor, on an H200, that the cluster's blocks tell each other that they have read the sums before they store
+// what becomes of them, instead of behind (on an H100 the step of 64 took 2.41 instead of 2.48 ms; racecheck
+// then reports hazards, by their number of the factors, which were read between the barrier's two halves).
 //
 // What the four, of 39.8, take without some of it (28 November 2026, wrong results): without waiting for the
-// kernel before 35.7, without the other blocks' sums 37.0, without both 33.1; with a quarter of the tokens' bytes
-// 39.6, with a quarter of b's 34.9, and without any of these 26.0. So it is waits, of which each of four
-// kernels has one after the other, that are between this and the floor, and not what is moved. From one kernel's
-// last operands to the next one's first are some 3.6 us, in which the memory could move 115 KiB a multiprocessor;
-// the ring, which shares shared memory with the kernel before, takes 72 of them.
+// kernel before 35.7, without the other blocks' sums 37.0, without both 33.1; with a quarter of the tokens'
+// bytes 39.6, with a quarter of b's 34.9, and without any of these 26.0. So it is waits, of which each of
+// four kernels has one after the other, that are between this and the floor, and not what is moved. From one
+// kernel's last operands to the next one's first are some 3.6 us, in which the memory could move 115 KiB a
+// multiprocessor; the ring, which shares shared memory with the kernel before, takes 72 of them.
 #include <algorithm>
 #include <cstdint>
 
@@ -102,7 +110,7 @@ struct Layout {
       (113 * 1024 - kFactorsBytes - kBarriersBytes - kTokenStages * kTokensBytes) / kRowsBytes;
   // Steps of b on their way, at most.
   static constexpr int kAtFirst = (36 * 1024 + kRowsBytes / 2) / kRowsBytes;
-  static constexpr int kOnTheirWay = (32 * 1024 + kRowsBytes / 2) / kRowsBytes;
+  static constexpr int kOnTheirWay = (48 * 1024 + kRowsBytes / 2) / kRowsBytes;
   // Steps of b that a block has yet to ask for when it lets the next kernel begin.
   static constexpr int kLeft = kTokens == 64 ? 4 : 2;
   static constexpr int kTokensAt = kRowStages * kRowsBytes;
