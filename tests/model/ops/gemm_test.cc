@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -252,36 +253,38 @@ TEST(GemmCudaTest, OfFewRowsIsAsGoodAsPlainSumsAndWritesItsColumnsAlone) {
 TEST(GemmCudaTest, OfManyRowsIsAsGoodAsPlainSumsAndWritesItsColumnsAlone) {
   const Mode mode{"cuda_bfloat16", {DeviceType::kCuda, 0}, DType::kBFloat16};
   SKIP_WITHOUT_DEVICE(mode);
-  constexpr int64_t kRows = 4099;
-  std::vector<int64_t> rows(kRows);
-  for (int64_t i = 0; i < kRows; ++i) rows[i] = i;
-  for (const Sizes& sizes : {Sizes{2048, 256}, {11264, 64}, {6160, 64}, {264, 2048}}) {
-    for (const Kind& kind : kKinds) {
-      SCOPED_TRACE(absl::StrCat("[", kRows, ",", sizes.k, "] x [", sizes.k, ",", sizes.n, "] into ",
-                                DTypeName(kind.c_dtype), kind.accumulate ? ", added" : ""));
-      const int64_t band = 128 - sizes.n % 128;  // Rows of c begin where the library likes them to.
-      Product product(mode, sizes, kRows, kind.c_dtype, band, kind.accumulate);
-      const std::vector<float> c = product.Run(rows, false);
-      std::vector<float> got, plain;
-      std::vector<double> exact;
-      for (int64_t i = 0; i < kRows; ++i) {
-        const float* const row = &c[i * (sizes.n + band)];
-        ASSERT_TRUE(std::none_of(row, row + sizes.n, [](float x) { return std::isnan(x); }));
-        ASSERT_TRUE(std::all_of(row + sizes.n, row + sizes.n + band, [](float x) { return std::isnan(x); }));
-        for (int64_t j = i % 131; i % 67 == 0 && j < sizes.n; j += 131) {
-          PlainSum sum(mode);
-          double exact_sum = 0;
-          for (int64_t l = 0; l < sizes.k; ++l) {
-            sum.Add(product.a(i)[l], product.b(j)[l]);
-            exact_sum += static_cast<double>(product.a(i)[l]) * product.b(j)[l];
+  for (const int64_t m : {1027, 2560, 4099}) {
+    std::vector<int64_t> rows(m);
+    std::iota(rows.begin(), rows.end(), 0);
+    for (const Sizes& sizes : {Sizes{2048, 256}, {11264, 64}, {6160, 64}, {264, 2048}}) {
+      for (const Kind& kind : kKinds) {
+        SCOPED_TRACE(absl::StrCat("[", m, ",", sizes.k, "] x [", sizes.k, ",", sizes.n, "] into ",
+                                  DTypeName(kind.c_dtype), kind.accumulate ? ", added" : ""));
+        const int64_t band = 128 - sizes.n % 128;  // Rows of c begin where the library likes them to.
+        Product product(mode, sizes, m, kind.c_dtype, band, kind.accumulate);
+        const std::vector<float> c = product.Run(rows, false);
+        std::vector<float> got, plain;
+        std::vector<double> exact;
+        for (int64_t i = 0; i < m; ++i) {
+          const float* const row = &c[i * (sizes.n + band)];
+          ASSERT_TRUE(std::none_of(row, row + sizes.n, [](float x) { return std::isnan(x); }));
+          ASSERT_TRUE(
+              std::all_of(row + sizes.n, row + sizes.n + band, [](float x) { return std::isnan(x); }));
+          for (int64_t j = i % 131; i % 67 == 0 && j < sizes.n; j += 131) {
+            PlainSum sum(mode);
+            double exact_sum = 0;
+            for (int64_t l = 0; l < sizes.k; ++l) {
+              sum.Add(product.a(i)[l], product.b(j)[l]);
+              exact_sum += static_cast<double>(product.a(i)[l]) * product.b(j)[l];
+            }
+            got.push_back(row[j]);
+            plain.push_back(product.before(i)[j] + sum.value());
+            exact.push_back(product.before(i)[j] + exact_sum);
           }
-          got.push_back(row[j]);
-          plain.push_back(product.before(i)[j] + sum.value());
-          exact.push_back(product.before(i)[j] + exact_sum);
         }
+        ExpectAsGoodAsPlain(got.data(), plain.data(), exact.data(), static_cast<int64_t>(got.size()),
+                            "many rows", kind.c_dtype);
       }
-      ExpectAsGoodAsPlain(got.data(), plain.data(), exact.data(), static_cast<int64_t>(got.size()),
-                          "many rows", kind.c_dtype);
     }
   }
 }
