@@ -21,8 +21,8 @@
 // (bulk copies of tiles, 2 or 3 stages of q, k, v) and make T and P (2 or 3 slots) of a chunk while the
 // consumers are at the one before. With two consumers (V = 128) one producer makes T and the other copies and
 // makes P; with one consumer (V = 64, V = 256 split over four blocks, or V = 128 split over two, when there
-// are fewer rows and heads than half the multiprocessors) two make T, of chunks in turn, and the third copies
-// and makes P.
+// are fewer rows and heads than half the multiprocessors) two make T, of chunks in turn, as soon as its keys
+// are there, and the third copies and makes P.
 //
 // With K = 256 S^T takes 128 of a thread's 240 registers and a stage 72 KiB. So S^T is rounded 16 columns at
 // a time, on its way into S^T K^T and S^T Q^T, which go side by side; and U^T P^T comes before U^T K, so that
@@ -64,15 +64,15 @@
 // A row of 8192 tokens and 16 heads in five segments of some 26 chunks: the first pass computes 0.6 of the
 // row's effects and 0.2 of the row, the last 0.8; 7 MB are kept between.
 //
-// Measured (24 and, split rows, 27 November 2026, one H200, CUDA graph of one call, us, bfloat16 out; 16
-// heads of 128 unless said; delta_rule_cuda_bench; with float32 out the same in bfloat16's bytes took up to
-// 16 us more; in brackets before rows were split):
+// Measured (28, rows of 512 and of twice 8192 tokens 27 November 2026, one H200, CUDA graph of one call, us,
+// bfloat16 out; 16 heads of 128 unless said; delta_rule_cuda_bench; with float32 out up to 22 us more; in
+// brackets before rows were split):
 //
-//   8 rows of 2048     122             32 rows of 512             138      1 row of 512      24
-//   1 row of 8192      134  (262)      64 rows of 64               83      1 row of 2048     51 (69)
-//   1 row of 32768     458 (1020)      32 ragged rows, 8913       105      2 rows of 8192   215
-//   8 rows of 4096, 32 heads of 64                         235
-//   8 rows of 2048, 8 heads of 256                         215
+//   8 rows of 2048     121             32 rows of 512             136      1 row of 512      24
+//   1 row of 8192      131  (262)      64 rows of 64               81      1 row of 2048     50 (69)
+//   1 row of 32768     444 (1020)      32 ragged rows, 8913       102      2 rows of 8192   215
+//   8 rows of 4096, 32 heads of 64                         219
+//   8 rows of 2048, 8 heads of 256                         202
 //
 // Token by token, 8 rows of 2048 take 2505, with 8 heads of 256 7040.
 //
@@ -85,14 +85,20 @@
 // makes T, 6200 cycles a chunk: 1300 waiting for K K^T behind the consumers' products, 2000 to store A and
 // invert the diagonal, 700 at the barrier, 2200 down the columns; the consumers wait for 40 % of the time.
 // Cutting T between both producers (A and the diagonal; the columns and P) took 141 us instead of 122, for
-// their 64 registers a thread do not hold it. One consumer: its own chain, some 2800 of 3600 cycles a chunk,
-// of which the tensor cores are busy 1150, and 1660 with T's and P's; only a split of the sequence would
-// help, if few rows keep the device busy. The next piece's state brought into the L2 while this one's is
-// loaded: 64 rows of 64 gain 1.5 %, 32 of 512 lose 5 (H100); by the producer that copies, 64 of 64 take 88 us
-// instead of 82. Effects: where each block made all of T, that took 7400 cycles of each producer a chunk and
-// so 3760 a chunk, 1280 of which the consumers waited, and one row of 8192 took 139 us: the first pass 62, the
-// join 9, the last 70. K = 256: two stages, each of which lives through its copy, T and the consumer; such
-// rows are not split.
+// their 64 registers a thread do not hold it. One consumer: the stages, of which there are three: each lives
+// from its copy through T to the consumer's end with the chunk, in all 11,800 cycles, 3940 a chunk (the
+// consumer is at it for 2900 of them, the tensor cores for 1150, and 1660 with T's and P's). T's makers
+// waiting for the keys alone, with a barrier of their own, instead of for q, v and the copier's next turn too
+// took 8 rows of 4096 with 32 heads of 64 from 237 to 218 us, 8 of 2048 with 8 of 256 from 214 to 201, one of
+// 32768 from 456 to 443; sums of a product's small parts that do not wait for its large one's, one of 32768
+// from 463 to 455. No gain there: S^T Q^T in two halves, behind X and behind U, or all of it behind X^T T^T
+// (0 to 1 us less); the next chunk but one or two brought into the L2 (1 to 6 us more); T's columns as a
+// right-looking elimination, with more products side by side (8 to 16 us more). The next piece's state
+// brought into the L2 while this one's is loaded: 64 rows of 64 gain 1.5 %, 32 of 512 lose 5 (H100); by the
+// producer that copies, 64 of 64 take 88 us instead of 82. Effects: where each block made all of T, that took
+// 7400 cycles of each producer a chunk and so 3760 a chunk, 1280 of which the consumers waited, and one row
+// of 8192 took 139 us: the first pass 62, the join 9, the last 70. K = 256: two stages, each of which lives
+// through its copy, T and the consumer; such rows are not split.
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
@@ -155,15 +161,21 @@ struct Layout {
   // Of each warp, the diagonal block: first -A^T in float32, rows 20 floats apart, then T^T, hi and lo.
   static constexpr int kDiagonal = kBlocks + kOffDiagonal * 2 * kBlockBytes;
   static constexpr int kTurnBytes = (kOffDiagonal + 4) * 2 * kBlockBytes;
-  static constexpr int kBeta = kBlocks + kTurns * kTurnBytes;     // float[kStages][kChunk]
-  static constexpr int kBarriers = kBeta + kStages * kChunk * 4;  // uint64_t[2 * kStages + 2 * kSlots]
-  static constexpr int kBytes = kBarriers + 8 * 2 * (kStages + kSlots);
+  // With one consumer T is what the chain waits for: its makers wait for the keys alone, not for q and v, and
+  // read beta themselves. (With two their registers are too few: 8 rows of 2048 took 142 us instead of 122.)
+  static constexpr bool kKeysAlone = kOutputs && kConsumers == 1;
+  static constexpr int kBeta = kBlocks + kTurns * kTurnBytes;     // float[kStages or kTurns][kChunk]
+  static constexpr int kBarriers = kBeta + kStages * kChunk * 4;  // uint64_t, as below.
+  static constexpr int kBytes = kBarriers + 8 * ((kKeysAlone ? 3 : 2) * kStages + 2 * kSlots);
   static_assert(kBytes <= 227 * 1024);
 
   static constexpr int Loaded(int stage) { return kBarriers + 8 * stage; }
   static constexpr int StageFree(int stage) { return kBarriers + 8 * (kStages + stage); }
   static constexpr int Ready(int slot) { return kBarriers + 8 * (2 * kStages + slot); }
   static constexpr int SlotFree(int slot) { return kBarriers + 8 * (2 * kStages + kSlots + slot); }
+  static constexpr int KeysLoaded(int stage) {
+    return kKeysAlone ? kBarriers + 8 * (2 * (kStages + kSlots) + stage) : Loaded(stage);
+  }
 };
 
 // Walks over stages or slots in turn, with the parity of their barriers.
@@ -189,8 +201,8 @@ enum class Waits {
 struct Problem {
   RaggedRows rows;
   DeltaRuleArgs args;
-  ChunkShares shares;   // Of rows.chunks, this launch's,
-  int parts;            // and what a head is cut into there.
+  ChunkShares shares;  // Of rows.chunks, this launch's,
+  int parts;           // and what a head is cut into there.
   Waits waits;
   CUtensorMap q, k, v;  // [columns / 64, tokens, 64], a box of them a copy.
 };
@@ -282,25 +294,28 @@ struct Walk {
   }
 };
 
-// Queues the copy of a chunk of kChunk tokens to a stage, on whose barrier `loaded` it counts its bytes. The
-// first lanes of three warps queue a part each, for a warp takes its time over one.
+// Queues the copy of a chunk of kChunk tokens to the `at`-th stage, on whose barriers it counts its bytes.
+// The first lanes of three warps queue a part each, for a warp takes its time over one.
 template <typename L, int kKeys, int kConsumers>
-__device__ void CopyTiles(const Problem& problem, const Walk<L>& walk, int chunk, uint32_t stage,
-                          uint32_t loaded, int thread) {
+__device__ void CopyTiles(const Problem& problem, const Walk<L>& walk, int chunk, uint32_t base, int at,
+                          int thread) {
   const int token = static_cast<int>(walk.begin) + chunk * kChunk;
   const int tile = walk.head * L::kKeyTiles;
-  const auto queue = [&](uint32_t to, const CUtensorMap* map, int first, int tiles) {
-    BarrierExpect(loaded, tiles * kTileBytes);
-    CopyBox(to, map, 0, token, first, loaded);
+  const uint32_t stage = base + L::kStage + at * L::kStageBytes, loaded = base + L::Loaded(at);
+  const auto queue = [&](uint32_t to, const CUtensorMap* map, int first, int tiles, uint32_t barrier) {
+    BarrierExpect(barrier, tiles * kTileBytes);
+    CopyBox(to, map, 0, token, first, barrier);
   };
-  if (thread == 0) queue(stage + L::kKeysAt, &problem.k, tile, L::kKeyTiles);
+  if (thread == 0) {
+    queue(stage + L::kKeysAt, &problem.k, tile, L::kKeyTiles, base + L::KeysLoaded(at));
+  }
   if (L::kOutputs) {
-    if (thread == 32) queue(stage, &problem.q, tile, L::kKeyTiles);
+    if (thread == 32) queue(stage, &problem.q, tile, L::kKeyTiles, loaded);
     if (thread == 64) {
-      queue(stage + L::kValuesAt, &problem.v, tile + walk.part * kConsumers, kConsumers);
+      queue(stage + L::kValuesAt, &problem.v, tile + walk.part * kConsumers, kConsumers, loaded);
     }
   } else if (thread == 64 && (walk.part + 1) * kConsumers > L::kKeyTiles) {
-    queue(stage + L::kValuesAt, &problem.v, tile, L::kValueTiles);
+    queue(stage + L::kValuesAt, &problem.v, tile, L::kValueTiles, loaded);
   }
 }
 
@@ -354,11 +369,17 @@ __device__ inline void Split(float low, float high, uint32_t* hi, uint32_t* lo) 
 // d += a b in nearly float32, 16 x 16 x 16, operands split. b as LoadMatrices gives it: two column tiles.
 __device__ inline void SplitProduct(float (&d)[2][4], const uint32_t (&a_hi)[4], const uint32_t (&a_lo)[4],
                                     const uint32_t (&b_hi)[4], const uint32_t (&b_lo)[4]) {
+  float small[2][4] = {};  // Of their own: or each product would wait for two others.
+#pragma unroll
+  for (int n = 0; n < 2; ++n) WarpProduct(small[n], a_lo, b_hi[2 * n], b_hi[2 * n + 1]);
+#pragma unroll
+  for (int n = 0; n < 2; ++n) WarpProduct(d[n], a_hi, b_hi[2 * n], b_hi[2 * n + 1]);
+#pragma unroll
+  for (int n = 0; n < 2; ++n) WarpProduct(small[n], a_hi, b_lo[2 * n], b_lo[2 * n + 1]);
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
-    WarpProduct(d[n], a_lo, b_hi[2 * n], b_hi[2 * n + 1]);
-    WarpProduct(d[n], a_hi, b_lo[2 * n], b_lo[2 * n + 1]);
-    WarpProduct(d[n], a_hi, b_hi[2 * n], b_hi[2 * n + 1]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[n][i] += small[n][i];
   }
 }
 
@@ -479,6 +500,9 @@ __device__ void InvertColumn(const float* beta, uint32_t blocks, uint32_t diagon
   for (int down = 1; down < 4; ++down) {
     const int i = j + down;
     if (i > 3) break;
+    uint32_t t_hi[4], t_lo[4];
+    LoadMatricesTransposed(t_hi, diagonals + i * 2 * kBlockBytes + as_a);
+    LoadMatricesTransposed(t_lo, diagonals + i * 2 * kBlockBytes + kBlockBytes + as_a);
     float sum[2][4] = {};  // The transpose of A_ij T_jj + ... + A_i,i-1 T_i-1,j
 #pragma unroll
     for (int k = 0; k < down; ++k) {
@@ -488,13 +512,11 @@ __device__ void InvertColumn(const float* beta, uint32_t blocks, uint32_t diagon
       LoadMatrices(a_lo, at + kBlockBytes);
       SplitProduct(sum, hi[k], lo[k], a_hi, a_lo);
     }
-    uint32_t s_hi[4], s_lo[4], t_hi[4], t_lo[4];
+    uint32_t s_hi[4], s_lo[4];
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       Split(-sum[n / 2][n % 2 * 2], -sum[n / 2][n % 2 * 2 + 1], &s_hi[n], &s_lo[n]);
     }
-    LoadMatricesTransposed(t_hi, diagonals + i * 2 * kBlockBytes + as_a);
-    LoadMatricesTransposed(t_lo, diagonals + i * 2 * kBlockBytes + kBlockBytes + as_a);
     float t[2][4] = {};
     SplitProduct(t, s_hi, s_lo, t_hi, t_lo);
     if (down < 3) {
@@ -542,25 +564,35 @@ __device__ void Produce(const Problem& problem, Walk<L> walk, unsigned char* mem
     return true;
   };
   Ring<L::kStages> copied;
+  bool by_tokens = false;  // The last chunk that was copied.
+  constexpr bool kReadsBeta = L::kKeysAlone ? kT : kCopy;
   __nv_bfloat16 next_beta = FromFloat<__nv_bfloat16>(0);  // As it came: nobody waits for it here.
-  Clocks clocks;
-  const auto copy = [&] {
-    clocks.Mark(0);
-    BarrierWait(base + L::StageFree(copied.at), copied.parity ^ 1);
-    clocks.Mark(1);
-    const uint32_t to = base + L::kStage + copied.at * L::kStageBytes;
-    if (walk.tokens - chunk * kChunk < kChunk) {
-      CopyTokens<L, kKeys, kConsumers>(args, walk, chunk, to, thread);
-    } else {
-      CopyTiles<L, kKeys, kConsumers>(problem, walk, chunk, to, base + L::Loaded(copied.at), thread);
-    }
-    const int token = chunk * kChunk + thread;
-    if (thread < kChunk && token < walk.tokens) {
+  // Whose beta this thread reads. Of a maker a warp reads those of its rows of A.
+  const auto row_of_beta = [&] { return kCopy ? thread : 16 * warp + lane; };
+  const auto has_beta = [&] { return kCopy ? thread < kChunk : lane < 16; };
+  const auto read_beta = [&] {
+    const int token = chunk * kChunk + row_of_beta();
+    if (has_beta() && token < walk.tokens) {
       next_beta =
           static_cast<const __nv_bfloat16*>(args.beta)[(walk.begin + token) * args.token_stride + walk.head];
     } else {
       next_beta = FromFloat<__nv_bfloat16>(0);
     }
+  };
+  Clocks clocks;
+  const auto copy = [&] {
+    clocks.Mark(0);
+    BarrierWait(base + L::StageFree(copied.at), copied.parity ^ 1);
+    clocks.Mark(1);
+    by_tokens = walk.tokens - chunk * kChunk < kChunk;
+    if (by_tokens) {
+      CopyTokens<L, kKeys, kConsumers>(args, walk, chunk, base + L::kStage + copied.at * L::kStageBytes,
+                                       thread);
+    } else {
+      CopyTiles<L, kKeys, kConsumers>(problem, walk, chunk, base, copied.at, thread);
+      if (L::kKeysAlone) BarrierArrive(base + L::KeysLoaded(copied.at));
+    }
+    if (kReadsBeta) read_beta();
     copied.Next();
     clocks.Mark(2);
   };
@@ -577,14 +609,26 @@ __device__ void Produce(const Problem& problem, Walk<L> walk, unsigned char* mem
   if (kCopy) {
     if (more) copy();
     CopyAsyncCommit();
+  } else if (kReadsBeta && more) {
+    read_beta();
   }
   while (more) {
     Opaque(&lane);  // Or all addresses of the loop would be made before it, and spilled.
-    float* const beta = reinterpret_cast<float*>(memory + L::kBeta) + stage.at * kChunk;
+    float* const beta =
+        reinterpret_cast<float*>(memory + L::kBeta) + (L::kKeysAlone ? turn : stage.at) * kChunk;
+    const auto store_beta = [&](__nv_bfloat16 of_row) {
+      if (has_beta()) beta[row_of_beta()] = ToFloat(of_row);
+    };
     const __nv_bfloat16 this_beta = next_beta;
     for (int i = 0; i < kTurns; ++i) more = next_chunk();
+    if (kReadsBeta && !kCopy) {
+      store_beta(this_beta);
+      __syncwarp();
+      if (more) read_beta();
+    }
     bool ahead = false;
     if (kCopy) {
+      const bool this_by_tokens = by_tokens;
       // Nobody waits for a chunk that is there because the next one has no place yet.
       ahead = more && BarrierIsPast(base + L::StageFree(copied.at), copied.parity ^ 1);
       ahead = __shfl_sync(0xffffffffu, int{ahead}, 0) != 0;
@@ -595,11 +639,13 @@ __device__ void Produce(const Problem& problem, Walk<L> walk, unsigned char* mem
       } else {
         CopyAsyncWait<0>();
       }
-      if (thread < kChunk) beta[thread] = ToFloat(this_beta);
+      if (kReadsBeta) store_beta(this_beta);
       FenceAsyncProxy();
+      if (L::kKeysAlone && this_by_tokens) BarrierArrive(base + L::KeysLoaded(stage.at));
       BarrierArrive(base + L::Loaded(stage.at));
     }
-    BarrierWait(base + L::Loaded(stage.at), stage.parity);
+    BarrierWait(base + L::KeysLoaded(stage.at), stage.parity);
+    if (L::kKeysAlone && kP) BarrierWait(base + L::Loaded(stage.at), stage.parity);
     clocks.Mark(3);
     const uint32_t q = base + L::kStage + stage.at * L::kStageBytes;
     const uint32_t k = q + L::kKeysAt;
@@ -920,8 +966,7 @@ __device__ void ProduceEffect(const Problem& problem, Walk<L> walk, unsigned cha
     clocks.Mark(0);
     BarrierWait(base + L::StageFree(copied.at), copied.parity ^ 1);
     clocks.Mark(1);
-    CopyTiles<L, kKeys, kConsumers>(problem, walk, chunk, base + L::kStage + copied.at * L::kStageBytes,
-                                    base + L::Loaded(copied.at), thread);
+    CopyTiles<L, kKeys, kConsumers>(problem, walk, chunk, base, copied.at, thread);
     if (thread < kChunk) {
       const int64_t token = walk.begin + chunk * kChunk + thread;
       next_beta = static_cast<const __nv_bfloat16*>(args.beta)[token * args.token_stride + walk.head];
@@ -1076,6 +1121,7 @@ __device__ Walk<L> Begin(const Problem& problem, unsigned char* memory) {
   if (thread == 0) {
     for (int i = 0; i < L::kStages; ++i) {
       BarrierInit(base + L::Loaded(i), 128);
+      if (L::kKeysAlone) BarrierInit(base + L::KeysLoaded(i), 128);
       BarrierInit(base + L::StageFree(i), 128 * kConsumers);
     }
     for (int i = 0; i < L::kSlots; ++i) {
