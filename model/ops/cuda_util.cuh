@@ -68,6 +68,9 @@ inline int Processors() {
   return processors;
 }
 
+// Pieces of which `size` takes so many, the last perhaps in part.
+constexpr int64_t Pieces(int64_t size, int64_t piece) { return (size + piece - 1) / piece; }
+
 struct LaunchShape {
   dim3 grid;
   int threads;

@@ -278,8 +278,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-constexpr int64_t Pieces(int64_t size, int64_t piece) { return (size + piece - 1) / piece; }
-
 // Whether c takes up most of the tiles that the device's blocks could make in as many rounds.
 bool FillsRounds(int64_t m, int64_t f) {
   const int64_t processors = Processors(),

@@ -80,9 +80,8 @@ std::optional<int64_t> OutputsOfProcessor(const cublasLtMatmulHeuristicResult_t&
   const auto* const tile =
       std::find_if(std::begin(kTiles), std::end(kTiles), [&](const Tile& tile) { return tile.id == id; });
   if (tile == std::end(kTiles)) return std::nullopt;
-  const auto parts = [](int64_t whole, int64_t part) { return (whole + part - 1) / part; };
-  const int64_t tiles = parts(args.n, tile->outputs) * parts(args.m, tile->rows);
-  return parts(tiles, processors) * tile->outputs * tile->rows;
+  const int64_t tiles = Pieces(args.n, tile->outputs) * Pieces(args.m, tile->rows);
+  return Pieces(tiles, processors) * tile->outputs * tile->rows;
 }
 
 // The product in the library's terms, whose matrices are by columns: c^T = b a^T.

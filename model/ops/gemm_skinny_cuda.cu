@@ -418,9 +418,8 @@ absl::Status Launch(const FusedGemmArgs& args, cudaStream_t stream) {
       MapMatrix(gemm.a, gemm.m, gemm.k, gemm.lda, {kStep, static_cast<uint32_t>(problem.m)}, &tokens));
   problem.rows_of_tile = kThen == Then::kGate ? kRows / 2 : kRows;
   problem.second_half = kThen == Then::kGate ? problem.columns : kRows / 2;
-  const auto up = [](int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); };
   const int processors = Processors();
-  const int tiles = up(problem.columns, problem.rows_of_tile);
+  const int tiles = static_cast<int>(Pieces(problem.columns, problem.rows_of_tile));
   int blocks = 1;
   while (2 * blocks <= std::min(kMostBlocks, problem.steps) && 2 * blocks * tiles <= 2 * processors)
     blocks *= 2;
