@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <memory>
 #include <random>
@@ -15,6 +14,7 @@
 #include "absl/strings/str_cat.h"
 #include "model/model.h"
 #include "tests/model/engine_modes.h"
+#include "tests/testing/same_bits.h"
 
 namespace deltanet {
 namespace {
@@ -142,13 +142,9 @@ class Session {
   }
 
   bool HasTheBitsOf(const Session& other) const {
-    const auto same = [](const auto& a, const auto& b) {
-      return a.size() == b.size() &&
-             (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0);
-    };
-    return same(output_, other.output_) && same(log_probs_, other.log_probs_) &&
-           same(top_log_probs_, other.top_log_probs_) && same(sampled_, other.sampled_) &&
-           same(top_ids_, other.top_ids_);
+    return SameBits(output_, other.output_) && SameBits(log_probs_, other.log_probs_) &&
+           SameBits(top_log_probs_, other.top_log_probs_) && SameBits(sampled_, other.sampled_) &&
+           SameBits(top_ids_, other.top_ids_);
   }
 
  private:

@@ -24,6 +24,7 @@
 #include "tests/model/reference_model.h"
 #include "tests/testing/max_error.h"
 #include "tests/testing/random_model.h"
+#include "tests/testing/same_bits.h"
 
 namespace deltanet {
 namespace {
@@ -570,10 +571,6 @@ std::vector<float> FedTokenByToken(Model* model, int64_t count, int64_t others) 
     outputs.insert(outputs.end(), output.begin(), output.end());
   }
   return outputs;
-}
-
-bool SameBits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
 // A model of each kind.

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <random>
 #include <string>
@@ -18,6 +17,7 @@
 #include "model/ops/cpu/dispatch.h"
 #include "model/ops/rows.h"
 #include "tests/testing/max_error.h"
+#include "tests/testing/same_bits.h"
 
 namespace deltanet {
 
@@ -111,10 +111,6 @@ inline std::vector<float> RandomNormal(int64_t count, uint32_t seed, float devia
   std::vector<float> values(count);
   for (float& value : values) value = normal(generator);
   return values;
-}
-
-inline bool SameBits(const float* a, const float* b, int64_t count) {
-  return count == 0 || std::memcmp(a, b, count * sizeof(float)) == 0;
 }
 
 // `values` as `dtype` holds them.
