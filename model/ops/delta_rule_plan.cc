@@ -18,11 +18,12 @@ constexpr int64_t kPieceCost = 2;
 // Heads that a block cannot hold whole: of 256 rows it has the registers for 64 columns.
 constexpr int64_t kWideColumns = 256, kWideParts = 4;
 
-// For the choice whether to split rows, in nanoseconds on an H200: a chunk of all columns of 128 a block, of
-// 64 columns a block, and of the effects that a block works on; what follows the effects, and of it each
-// segment.
-constexpr int64_t kWholeChunk = 3600, kStripChunk = 2000, kEffectChunk = 1350;
-constexpr int64_t kJoin = 15000, kJoinSegment = 900;
+// For the choice whether to split rows, in nanoseconds on an H200: a chunk of all columns of 128 a block, and
+// of 64 columns a block, or of the effects that a block works on; what follows the effects, and of it each
+// segment. (28 November 2026: rows alone 3300 and 1860 to 1920 a chunk; in segments, both passes, 3350 where
+// few blocks are at work, 3850 where all are.)
+constexpr int64_t kWholeChunk = 3300, kStripChunk = 1900;
+constexpr int64_t kJoin = 6000, kJoinSegment = 1300;
 constexpr int64_t kLeastSplit = 12 * kChunk;  // Tokens; shorter rows are never split.
 
 // A row or segment, and what each of its pieces costs, in chunks.
@@ -62,16 +63,11 @@ ChunkShares Share(std::vector<Unit> units, int64_t pieces, int64_t blocks, int32
   return shares;
 }
 
-// How long rows may be cut: into segments of about `chunks` chunks, of which a row's first is shorter, for it
-// takes longer than the effect of one.
+// How long rows are cut: into as few segments of equal length as have at most `chunks` chunks.
 struct Cut {
   int64_t chunks = INT64_MAX;
 
-  int64_t Segments(int64_t row_chunks) const {
-    if (row_chunks <= chunks) return 1;
-    return 1 + std::max<int64_t>(1, (row_chunks - First() + chunks - 1) / chunks);
-  }
-  int64_t First() const { return std::max<int64_t>(1, chunks * kEffectChunk / kStripChunk); }
+  int64_t Segments(int64_t row_chunks) const { return 1 + (row_chunks - 1) / chunks; }
 };
 
 // Of long rows of these chunks, the cut that takes least time, or none.
@@ -93,17 +89,16 @@ Cut BestCut(const std::vector<Unit>& rows, int64_t heads, int64_t columns, int64
   least = least * 9 / 10;
   Cut best;
   for (int64_t segments = 2; segments <= longest; ++segments) {
-    const int64_t of_effects = (segments - 1) * kStripChunk + kEffectChunk;
-    const Cut cut{.chunks = (longest * kStripChunk + of_effects - 1) / of_effects};
+    const Cut cut{.chunks = (longest + segments - 1) / segments};
     int64_t first_pass = 0, most = 0, all = 0;
     for (const Unit& row : rows) {
       const int64_t n = cut.Segments(row.cost);
       if (n > 1) first_pass += heads * strips * (n - 1);
       most = std::max(most, n);
-      all += n > 1 ? row.cost - cut.First() + (n - 1) * kPieceCost : row.cost + kPieceCost;
+      all += n > 1 ? row.cost - row.cost / n + (n - 1) * kPieceCost : row.cost + kPieceCost;
     }
     if (first_pass > blocks) break;
-    const int64_t took = kEffectChunk * (cut.chunks + kPieceCost) + kJoin + kJoinSegment * (most - 2) +
+    const int64_t took = kStripChunk * (cut.chunks + kPieceCost) + kJoin + kJoinSegment * (most - 2) +
                          time(cut.chunks, all, strips, kStripChunk);
     if (took < least) {
       least = took;
@@ -154,10 +149,9 @@ ChunkPlan PlanChunks(absl::Span<const int32_t> offsets, int64_t heads, int64_t c
     split_rows.push_back(split);
     states += 2 * n - 3;
     const auto tokens = offsets[row.number + 1] - offsets[row.number];
-    const int64_t head_chunks = std::min(cut.First(), row.cost - (n - 1));
     int64_t begin = 0;
     for (int32_t i = 0; i < n; ++i) {
-      const int64_t end = head_chunks + (row.cost - head_chunks) * i / (n - 1);
+      const int64_t end = row.cost * (i + 1) / n;
       const Unit unit{.cost = end - begin + kPieceCost,
                       .number = made.rows + static_cast<int64_t>(segments.size())};
       (i == 0 ? first : units).push_back(unit);

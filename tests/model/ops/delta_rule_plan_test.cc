@@ -127,6 +127,7 @@ TEST(ChunkPlan, SplitsLongRowsWhereBlocksWouldBeIdle) {
   EXPECT_EQ(Plan({2048}, 16, 128, 132, true).segments.size(), 5);
   EXPECT_EQ(Plan({8192, 8192}, 16, 128, 132, true).segments.size(), 6);
   EXPECT_EQ(Plan({16384}, 32, 64, 132, true).segments.size(), 5);
+  EXPECT_GT(Plan({1024}, 4, 128, 132, true).segments.size(), 4);
   EXPECT_EQ(Plan({32768, 500, 30, 1, 700}, 16, 128, 132, true).plan.split_rows, 1);
 }
 
@@ -134,6 +135,8 @@ TEST(ChunkPlan, LeavesRowsWholeWhereASplitWouldNotPay) {
   for (const auto& [lengths, heads, columns] :
        std::vector<std::tuple<std::vector<int32_t>, int64_t, int64_t>>{
            {{512}, 16, 128},
+           {{1024, 1024}, 16, 128},
+           {{4096, 4096, 4096}, 16, 128},
            {std::vector<int32_t>(8, 2048), 16, 128},
            {std::vector<int32_t>(4, 8192), 16, 128},
            {kRagged, 16, 128},
@@ -148,7 +151,8 @@ TEST(ChunkPlan, LeavesRowsWholeWhereASplitWouldNotPay) {
 
 // Each row's segments, one after another, are the row; all but the last are whole chunks; each begins with
 // the state after the one before, which is there by the first pass: first segments and effects, no more than
-// a piece a block, in states of their own.
+// a piece a block, in states of their own. They are as long as one another, for what comes of one pass waits
+// for the longest.
 TEST(ChunkPlan, SegmentsMakeUpTheirRows) {
   for (const auto& [lengths, heads, columns] :
        std::vector<std::tuple<std::vector<int32_t>, int64_t, int64_t>>{
@@ -176,6 +180,7 @@ TEST(ChunkPlan, SegmentsMakeUpTheirRows) {
     };
     std::vector<int32_t> covered(R, 0), state(R, -1);
     std::set<int32_t> states;
+    std::vector<int64_t> shortest(R, INT64_MAX), longest(R, 0);  // Of a row's segments, in chunks.
     for (size_t s = 0; s < planned.segments.size(); ++s) {
       const ChunkSegment& segment = planned.segments[s];
       const auto unit = static_cast<int32_t>(R + s);
@@ -189,6 +194,8 @@ TEST(ChunkPlan, SegmentsMakeUpTheirRows) {
       if (between) add(unit, &want_effects);
       EXPECT_EQ(segment.transition >= 0, between);
       if (segment.after >= 0) EXPECT_EQ(segment.tokens % 64, 0);
+      shortest[segment.row] = std::min(shortest[segment.row], Chunks(segment.tokens));
+      longest[segment.row] = std::max(longest[segment.row], Chunks(segment.tokens));
       for (const int32_t kept : {segment.after, segment.transition}) {
         if (kept >= 0) EXPECT_TRUE(states.insert(kept).second);
       }
@@ -198,6 +205,7 @@ TEST(ChunkPlan, SegmentsMakeUpTheirRows) {
       tokens += lengths[r];
       if (covered[r] > 0) {
         EXPECT_EQ(covered[r], lengths[r]);
+        EXPECT_LE(longest[r], shortest[r] + 1);
         EXPECT_EQ(state[r], -1) << "the last segment leaves its state in the slot";
       } else if (lengths[r] > kDeltaRuleFewTokens) {
         add(r, &want);
