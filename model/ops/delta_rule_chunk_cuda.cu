@@ -64,15 +64,14 @@
 // A row of 8192 tokens and 16 heads in five segments of some 26 chunks: the first pass computes 0.6 of the
 // row's effects and 0.2 of the row, the last 0.8; 7 MB are kept between.
 //
-// Measured (28, rows of 512 and of twice 8192 tokens 27 November 2026, one H200, CUDA graph of one call, us,
-// bfloat16 out; 16 heads of 128 unless said; delta_rule_cuda_bench; with float32 out up to 22 us more; in
-// brackets before rows were split):
+// Measured (28 November 2026, one H200, CUDA graph of one call, us, bfloat16 out; 16 heads of 128 unless
+// said; delta_rule_cuda_bench; with float32 out up to 22 us more; in brackets where the row is not split):
 //
-//   8 rows of 2048     121             32 rows of 512             136      1 row of 512      24
-//   1 row of 8192      131  (262)      64 rows of 64               81      1 row of 2048     50 (69)
-//   1 row of 32768     444 (1020)      32 ragged rows, 8913       102      2 rows of 8192   215
-//   8 rows of 4096, 32 heads of 64                         219
-//   8 rows of 2048, 8 heads of 256                         202
+//   8 rows of 2048     121             32 rows of 512             135      1 row of 512      23
+//   1 row of 8192      123  (247)      64 rows of 64               81      1 row of 2048     50 (67)
+//   1 row of 32768     415  (956)      32 ragged rows, 8913       102      2 rows of 8192   188 (248)
+//   8 rows of 4096, 32 heads of 64                         218
+//   8 rows of 2048, 8 heads of 256                         201
 //
 // Token by token, 8 rows of 2048 take 2505, with 8 heads of 256 7040.
 //
@@ -98,7 +97,13 @@
 // producer that copies, 64 of 64 take 88 us instead of 82. Effects: where each block made all of T, that took
 // 7400 cycles of each producer a chunk and so 3760 a chunk, 1280 of which the consumers waited, and one row
 // of 8192 took 139 us: the first pass 62, the join 9, the last 70. K = 256: two stages, each of which lives
-// through its copy, T and the consumer; such rows are not split.
+// through its copy, T and the consumer; such rows are not split. A row's first segment two thirds as long as
+// the others: one row of 8192 131, of 32768 445, two of 8192 209.
+//
+// 64 rows of 64: a piece takes a consumer 16,400 cycles, 9,300 until its state is there and 3,100 to store
+// it; the memory moves 2.5 TB/s meanwhile. Nothing of it is looking up where that is (the copier telling the
+// consumers of the next piece: 84 us), nor how wide the loads are (16 bytes a lane, with values in the wrong
+// places: 84, stores too 80).
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>

@@ -3,7 +3,7 @@
     python3 tests/bench/gpu_report.py --programs build/cuda/bin [--parts limits,operators,engine,service] [--json FILE]
 
 Wants PyTorch with CUDA for the limits and, for the middle column, flash-linear-attention (without it that column is
-empty). The model is flash-linear-attention's 1.3B shape (hidden 2048, 24 layers, 16 heads of 128, intermediate 5632, 32,000
+empty; it compiles its kernels on first use, which takes minutes). The model is flash-linear-attention's 1.3B shape (hidden 2048, 24 layers, 16 heads of 128, intermediate 5632, 32,000
 ids) with random weights in bfloat16. Times are medians: "graph", of the replays of a CUDA graph, so the GPU's work alone;
 "called", what a Python caller waits for.
 """
@@ -268,6 +268,11 @@ def model_floor(case, limit):
     return max(flops / limit["flops"], moved / limit["bytes"])
 
 
+def keep(found, path):
+    if path:
+        path.write_text(json.dumps(found, indent=1) + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--programs", type=pathlib.Path, required=True, help="folder of the programs built with preset cuda")
@@ -282,6 +287,7 @@ def main():
     limit = limits() if torch is not None and "limits" in parts else None
     if limit:
         print(f": copies {limit['bytes'] / 1e12:.2f} TB/s, bfloat16 products {limit['flops'] / 1e12:.0f} TFLOP/s")
+    sys.stdout.flush()
     found = {"limits": limit}
     if "operators" in parts:
         ours = operators(options.programs / "delta_rule_cuda_bench")
@@ -292,6 +298,7 @@ def main():
              fla, None, lambda case: operator_bytes(case) / limit["bytes"] if limit else None)
         layer = of_a_layer(options.programs / "ops_cuda_bench")
         found["operators"] = {"ours": ours, "theirs": fla, "of a layer": layer}
+        keep(found, options.json)
     if "engine" in parts or "service" in parts:
         with tempfile.TemporaryDirectory() as folder:
             large, small = f"{folder}/large", f"{folder}/small"
@@ -310,8 +317,7 @@ def main():
             print(f"\nTransformerDeltaNet(64, num_layers=6), {sessions} streams of chunks of {tokens}: p50 {seconds * 1e6:.0f} us"
                   + (f", the engine's step {step * 1e6:.0f} us" if step else ""))
         found["model"] = {"ours": ours, "gRPC": served, "theirs": fla}
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    keep(found, options.json)
 
 
 if __name__ == "__main__":
