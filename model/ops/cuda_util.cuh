@@ -37,6 +37,10 @@ __device__ inline void AwaitEarlier() {
 #endif
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900 && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#error "DELTANET_CUDA_ARCHITECTURES names 90, without Hopper's own instructions: want 90a-real"
+#endif
+
 // Whether on the current device what was compiled for Hopper runs. Which kernel of these is asked does not
 // matter: all are compiled for the same devices.
 inline bool RunsHopperCode(const void* kernel) {
