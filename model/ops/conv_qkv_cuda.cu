@@ -164,7 +164,7 @@ absl::Status ConvQkvActivationCuda(const RaggedRows& rows, const ConvQkvActivati
   if (rows.tokens == 0) return absl::OkStatus();
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   const dim3 grid(static_cast<unsigned>(rows.tokens),
-                  BlocksOfToken(rows.tokens, (Parts(args) + kWarps - 1) / kWarps));
+                  BlocksOfToken(rows.tokens, Pieces(Parts(args), kWarps)));
   if (args.dtype == DType::kBFloat16) {
     ConvQkvActivationKernel<__nv_bfloat16><<<grid, 32 * kWarps, 0, cuda_stream>>>(rows, args);
   } else {

@@ -166,8 +166,8 @@ absl::Status Launch(const RaggedRows& rows, const DeltaRuleArgs& args, int64_t m
                                                      " bytes of shared memory: ", cudaGetErrorString(error)));
     }
   }
-  const dim3 grid(static_cast<unsigned>((args.value_dim + kColumns - 1) / kColumns),
-                  static_cast<unsigned>(args.heads), static_cast<unsigned>(rows.rows));
+  const dim3 grid(static_cast<unsigned>(Pieces(args.value_dim, kColumns)), static_cast<unsigned>(args.heads),
+                  static_cast<unsigned>(rows.rows));
   DeltaRuleKernel<T, kRows><<<grid, kThreads, shared, stream>>>(rows, args, most);
   return LaunchStatus("DeltaRuleKernel");
 }

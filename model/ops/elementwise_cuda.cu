@@ -20,7 +20,7 @@ constexpr int kThreads = 256;
 
 // A grid of rows and their pieces, for a thread a vector.
 dim3 RowPieces(int64_t rows, int64_t vectors, int threads) {
-  return {static_cast<unsigned>(rows), static_cast<unsigned>((vectors + threads - 1) / threads)};
+  return {static_cast<unsigned>(rows), static_cast<unsigned>(Pieces(vectors, threads))};
 }
 
 // A block is a piece of a row, a thread kN neighbouring values of it.
@@ -98,7 +98,7 @@ __global__ void CarryKernel(RaggedRows rows, CarryArgs args) {
   args.carried.at(rows.work_slot[r])[i] = end > rows.offsets[r] ? args.x[(end - 1) * args.width + i] : before;
 }
 
-unsigned Blocks(int64_t values) { return static_cast<unsigned>((values + kThreads - 1) / kThreads); }
+unsigned Blocks(int64_t values) { return static_cast<unsigned>(Pieces(values, kThreads)); }
 
 }  // namespace
 

@@ -24,7 +24,7 @@ struct SkinnyProblem {
   explicit SkinnyProblem(const FusedGemmArgs& args)
       : m(static_cast<int>(args.gemm.m)),
         k(static_cast<int>(args.gemm.k)),
-        steps((k + kSkinnyStep - 1) / kSkinnyStep),
+        steps(static_cast<int>(Pieces(k, kSkinnyStep))),
         columns(static_cast<int>(args.then == FusedGemmArgs::Then::kGate ? args.gemm.n / 2 : args.gemm.n)),
         vectors(args.gemm.ldc % 4 == 0 && Aligned16({args.gemm.c})),
         c(args.gemm.c),

@@ -99,10 +99,9 @@ template <int kRows>
 absl::Status LaunchRows(const GemmArgs& args, cudaStream_t stream) {
   const bool vectors =
       args.k % 4 == 0 && args.lda % 4 == 0 && args.ldb % 4 == 0 && Aligned16({args.a, args.b});
-  const LaunchShape shape = {
-      .grid = dim3(static_cast<unsigned>((args.n + kWarps * kColumns - 1) / (kWarps * kColumns)),
-                   static_cast<unsigned>((args.m + kRows - 1) / kRows)),
-      .threads = 32 * kWarps};
+  const LaunchShape shape = {.grid = dim3(static_cast<unsigned>(Pieces(args.n, kWarps * kColumns)),
+                                          static_cast<unsigned>(Pieces(args.m, kRows))),
+                             .threads = 32 * kWarps};
   return LaunchOverlapping("GemmSmallKernel", vectors ? GemmSmallKernel<kRows, 4> : GemmSmallKernel<kRows, 1>,
                            shape, stream, args);
 }

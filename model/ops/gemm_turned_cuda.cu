@@ -378,13 +378,13 @@ struct Tiling {
 // multiprocessor, which are there at the same time.
 Tiling TilingOf(Then then, int rows, int columns, const Problem& problem, int processors) {
   const int of_cluster = TilesOfCluster(then, rows);
-  const int clusters = (problem.columns + of_cluster * columns - 1) / (of_cluster * columns);
+  const int clusters = static_cast<int>(Pieces(problem.columns, of_cluster * columns));
   Tiling best = {};
   for (const int parts : {2, 1, 4, 8}) {
     const int blocks = clusters * of_cluster * parts;
     if (parts * of_cluster > kMostBlocks || parts > problem.steps) continue;
     if (parts > 1 && blocks > 2 * processors) continue;
-    const int busiest = (blocks + processors - 1) / processors * rows * (kMostBlocks / parts);
+    const int busiest = static_cast<int>(Pieces(blocks, processors)) * rows * (kMostBlocks / parts);
     if (best.parts == 0 || busiest < best.busiest) best = {clusters, parts, busiest};
   }
   return best;

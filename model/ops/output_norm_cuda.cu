@@ -131,8 +131,8 @@ absl::Status Launch(const OutputNormArgs& args, cudaStream_t stream) {
     const int threads = BlockThreads(vectors);
     const int rows = args.rows * vectors < kManyVectors ? 1 : 2;
     const auto lanes_kernel = rows == 1 ? OutputNormLanesKernel<T, 1> : OutputNormLanesKernel<T, 2>;
-    const dim3 grid(static_cast<unsigned>((args.rows + rows - 1) / rows),
-                    static_cast<unsigned>((vectors + threads - 1) / threads));
+    const dim3 grid(static_cast<unsigned>(Pieces(args.rows, rows)),
+                    static_cast<unsigned>(Pieces(vectors, threads)));
     return LaunchOverlapping("OutputNormLanesKernel", lanes_kernel, {.grid = grid, .threads = threads}, stream, args,
                              static_cast<int>(lanes));
   }

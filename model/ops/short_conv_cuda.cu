@@ -282,9 +282,9 @@ bool TakesStrips(const ShortConvQkvArgs& args) {
 template <typename T>
 absl::Status LaunchStrips(const RaggedRows& rows, const ShortConvQkvArgs& args, cudaStream_t stream) {
   const int64_t strips = QkvWidth(args) / kStrip;
-  const int64_t blocks = (strips + kThreads - 1) / kThreads;
-  const int64_t tile = std::clamp<int64_t>((rows.tokens * blocks + kBlocks - 1) / kBlocks, 1, kMostTile);
-  const dim3 grid(static_cast<unsigned>((rows.tokens + tile - 1) / tile), static_cast<unsigned>(blocks + 1));
+  const int64_t blocks = Pieces(strips, kThreads);
+  const int64_t tile = std::clamp<int64_t>(Pieces(rows.tokens * blocks, kBlocks), 1, kMostTile);
+  const dim3 grid(static_cast<unsigned>(Pieces(rows.tokens, tile)), static_cast<unsigned>(blocks + 1));
   return LaunchOverlapping("ShortConvStripKernel", ShortConvStripKernel<T>, {.grid = grid, .threads = kThreads}, stream,
                            rows, args, static_cast<int>(tile));
 }
@@ -382,14 +382,14 @@ absl::Status Launch(const RaggedRows& rows, const ShortConvQkvArgs& args, cudaSt
   if (strips) {
     RETURN_IF_ERROR(LaunchStrips<T>(rows, args, stream));
   } else if (rows.tokens > 0) {
-    const int64_t blocks = (rows.tokens + kTile - 1) / kTile * (3 * args.heads + 1);
+    const int64_t blocks = Pieces(rows.tokens, kTile) * (3 * args.heads + 1);
     ShortConvHeadKernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(rows, args);
     RETURN_IF_ERROR(LaunchStatus("ShortConvHeadKernel"));
   }
   if (rows.rows == 0 || args.taps < 2) return absl::OkStatus();
   if (strips && !rows.in_place && rows.shortest > 0) return absl::OkStatus();  // No tail is left.
   const int64_t channels = rows.rows * QkvWidth(args);
-  const dim3 grid(static_cast<unsigned>((channels + kThreads - 1) / kThreads));
+  const dim3 grid(static_cast<unsigned>(Pieces(channels, kThreads)));
   return LaunchOverlapping("ShortConvTailKernel", ShortConvTailKernel<T>, {.grid = grid, .threads = kThreads}, stream,
                            rows, args, strips);
 }
