@@ -3,9 +3,9 @@
     python3 tests/bench/gpu_report.py --programs build/cuda/bin [--parts limits,operators,engine,service] [--json FILE]
 
 Wants PyTorch with CUDA for the limits and, for the middle column, flash-linear-attention (without it that column is
-empty; it compiles its kernels on first use, which takes minutes). The model is flash-linear-attention's 1.3B shape (hidden 2048, 24 layers, 16 heads of 128, intermediate 5632, 32,000
-ids) with random weights in bfloat16. Times are medians: "graph", of the replays of a CUDA graph, so the GPU's work alone;
-"called", what a Python caller waits for.
+empty; it compiles its kernels on first use, which takes minutes). The model is flash-linear-attention's 1.3B shape
+(hidden 2048, 24 layers, 16 heads of 128, intermediate 5632, 32,000 ids) with random weights in bfloat16. Times are
+medians: "graph", of the replays of a CUDA graph, so the GPU's work alone; "called", what a Python caller waits for.
 """
 
 import argparse
@@ -181,7 +181,6 @@ def of_a_layer(bench):
     print("| tokens | " + " | ".join(map(str, tokens)) + " |\n" + "| --- " * (len(tokens) + 1) + "|")
     for op in dict.fromkeys(case["op"] for case in cases):
         print(f"| {op} | " + " | ".join(cells.get((op, n), "") for n in tokens) + " |")
-    sys.stdout.flush()
     return {f"{case['op']}, {case['tokens']} tokens": case["us"] / 1e6 for case in cases}
 
 
@@ -244,7 +243,6 @@ def show(title, unit, rows, ours, theirs, served, floor):
         cells = [case, number(ours.get(case)), *([number(served.get(case))] if served else []), number(graph), number(once),
                  number(least), f"{ours[case] / least:.2f}" if least and ours.get(case) else ""]
         print("| " + " | ".join(cells) + " |")
-    sys.stdout.flush()
 
 
 def operator_bytes(case):
@@ -280,6 +278,7 @@ def main():
     parser.add_argument("--json", type=pathlib.Path, help="write all times (seconds) there too")
     options = parser.parse_args()
     parts = options.parts.split(",")
+    sys.stdout.reconfigure(line_buffering=True)  # What is found is seen, should the rest take too long.
     theirs = FlashLinearAttention() if chunk_delta_rule is not None else None
 
     if torch is not None:
@@ -287,8 +286,8 @@ def main():
     limit = limits() if torch is not None and "limits" in parts else None
     if limit:
         print(f": copies {limit['bytes'] / 1e12:.2f} TB/s, bfloat16 products {limit['flops'] / 1e12:.0f} TFLOP/s")
-    sys.stdout.flush()
     found = {"limits": limit}
+    keep(found, options.json)
     if "operators" in parts:
         ours = operators(options.programs / "delta_rule_cuda_bench")
         fla = theirs.operators() if theirs else {}
@@ -317,7 +316,7 @@ def main():
             print(f"\nTransformerDeltaNet(64, num_layers=6), {sessions} streams of chunks of {tokens}: p50 {seconds * 1e6:.0f} us"
                   + (f", the engine's step {step * 1e6:.0f} us" if step else ""))
         found["model"] = {"ours": ours, "gRPC": served, "theirs": fla}
-    keep(found, options.json)
+        keep(found, options.json)
 
 
 if __name__ == "__main__":
