@@ -93,7 +93,7 @@ Cut BestCut(const std::vector<Unit>& rows, int64_t heads, int64_t columns, int64
     int64_t first_pass = 0, most = 0, all = 0;
     for (const Unit& row : rows) {
       const int64_t n = cut.Segments(row.cost);
-      if (n > 1) first_pass += heads * strips * (n - 1);
+      first_pass += heads * strips * (n - 1);
       most = std::max(most, n);
       all += n > 1 ? row.cost - row.cost / n + (n - 1) * kPieceCost : row.cost + kPieceCost;
     }
