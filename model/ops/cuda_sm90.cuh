@@ -230,16 +230,13 @@ __device__ inline void StoreToBlock(uint32_t to, const float4& x, uint32_t barri
       "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(barrier)
       : "memory");
 }
-// Four floats that the cluster's block `rank` has where this block has `address`.
-__device__ inline float4 LoadFromBlock(uint32_t address, int rank) {
+// Four floats of another block's memory, at an address as InBlock gives it.
+__device__ inline float4 LoadFromBlock(uint32_t address) {
   float4 x;
-  asm volatile(
-      "{.reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %4, %5;\n"
-      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];}\n"
-      : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-      : "r"(address), "r"(rank)
-      : "memory");
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(address)
+               : "memory");
   return x;
 }
 
@@ -342,7 +339,8 @@ __device__ inline void AsyncProduct(float* d, const uint32_t* a, uint32_t b, boo
 // The same with A in shared memory, both by rows.
 template <int N = 64>
 __device__ inline void AsyncProductShared(float* d, uint32_t a, uint32_t b, bool add) {
-  static_assert(N == 8 || N == 16 || N == 32 || N == 48 || N == 64 || N == 96 || N == 128 || N == 176);
+  static_assert(N == 8 || N == 16 || N == 32 || N == 48 || N == 64 || N == 88 || N == 96 || N == 128 ||
+                N == 176);
   if constexpr (N == 8) {
     asm volatile(
         "{.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %7, 0;\n"
@@ -389,6 +387,17 @@ __device__ inline void AsyncProductShared(float* d, uint32_t a, uint32_t b, bool
         "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
         "}, a, b, p, 1, 1, 0, 0;}\n"
         : DELTANET_F8(0), DELTANET_F8(8), DELTANET_F8(16), DELTANET_F8(24)
+        : "r"(a), "r"(b), "r"(kTileHigh), "r"(int{add}));
+  } else if constexpr (N == 88) {
+    asm volatile(
+        "{.reg .pred p;\n.reg .b64 a, b;\nsetp.ne.b32 p, %47, 0;\n"
+        "mov.b64 a, {%44, %46};\nmov.b64 b, {%45, %46};\n"
+        "wgmma.mma_async.sync.aligned.m64n88k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
+        "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
+        "%40, %41, %42, %43"
+        "}, a, b, p, 1, 1, 0, 0;}\n"
+        : DELTANET_F8(0), DELTANET_F8(8), DELTANET_F8(16), DELTANET_F8(24), DELTANET_F8(32), DELTANET_F4(40)
         : "r"(a), "r"(b), "r"(kTileHigh), "r"(int{add}));
   } else if constexpr (N == 96) {
     asm volatile(

@@ -9,12 +9,12 @@
 // multiprocessor. Of b no more than 48 KiB a block (64 of up to 16 tokens) are on their way, which is enough
 // for the memory: all else that a block waits for comes out of the L2, and queues behind them; and no more
 // than 32 KiB while the ring is filled for the first time, for behind these queue the last values of the
-// kernel before, which ends the later. The second of the two warps finds the norm's factors as well. Where b
-// has fewer tiles than would fill the device, 2, 4 or 8 blocks share a tile, each a part of k; they are a
-// cluster, and each adds up a part of the tokens, of all blocks in the order of their ranks. So there are no
-// atomics and no workspace, and the same operands give the same bits. Then a warp has a token's 128 sums,
-// four a lane, which it stores, or adds to the residual stream and squares, or gates: for that the tile is 64
-// rows of the first half of b and the 64 that belong to them of the second.
+// kernel before, which ends the later. A warp more finds the norm's factors, which would hold up the copies.
+// Where b has fewer tiles than would fill the device, 2, 4 or 8 blocks share a tile, each a part of k; they
+// are a cluster, and each adds up a part of the tokens, of all blocks in the order of their ranks. So there
+// are no atomics and no workspace, and the same operands give the same bits. Then a warp has a token's 128
+// sums, four a lane, which it stores, or adds to the residual stream and squares, or gates: for that the tile
+// is 64 rows of the first half of b and the 64 that belong to them of the second.
 //
 // The way of the sums. Of up to 16 tokens each lane sends four a store to the block that adds them up, into a
 // stage of that block's ring that is not filled any more, where a barrier counts their bytes. Before, every
@@ -30,18 +30,19 @@
 // tokens it is the end of a product, not its beginning, that leaves the memory idle.
 //
 // Bytes: 2 n k of b, and 2 m k of a for each tile, out of the L2. FLOPs: 2 m n k, of which tensor cores have
-// plenty. On an H200 (27 November 2026), products in a row that begin while the one before ends, each of
+// plenty. On an H200 (28 November 2026), products in a row that begin while the one before ends, each of
 // another matrix, with what surrounds them in a layer, in us, against b at 4.25 TB/s:
 //
 //   n, k, then         floor   m = 1     16
-//   6160, 2048           5.9     7.0    7.6
-//   2048, 2048, add      2.0     3.5    4.1
-//   11264, 2048, gate   10.9    12.8   13.5
+//   6160, 2048           5.9     6.7    7.0
+//   2048, 2048, add      2.0     3.3    4.0
+//   11264, 2048, gate   10.9    12.7   13.5
 //   2048, 5632, add      5.4     7.4    7.9
+//   these four in turn  24.2    29.7   31.9
 //   32000, 2048         30.8    31.8   32.8
 //
-// A step of the 1.3B model for 1 and 16 sessions takes 0.85 and 1.13 ms; with sums left and fetched at 1 and
-// 16 tokens too it was 0.92 and 1.16 (the first line's 7.7 and 7.9). ncu, the first line alone, with nothing
+// A step of the 1.3B model for 1 and 16 sessions takes 0.84 and 1.12 ms. With sums left and fetched at 1 and
+// 16 tokens too it took 0.92 and 1.16 (where it was 0.85 and 1.13). ncu, the first line alone, with nothing
 // to begin behind, m = 1, sums fetched: 11.8 us at 45 % of the memory's peak.
 //
 // What is missing is the chain from the end of one to the products of the next, some 3 us with one token (the
@@ -70,7 +71,7 @@ constexpr int kStep = kSkinnyStep;
 constexpr int kConsumers = 2;      // Warpgroups that multiply.
 constexpr int kMostBlocks = 8;     // Of a cluster.
 constexpr int kPitch = kRows + 4;  // Floats of a token's sums: no two lanes of a warp meet in a bank.
-constexpr int kThreads = 128 * kConsumers + 64;
+constexpr int kThreads = 128 * kConsumers + 96;  // Warps for b, for a, for the factors.
 static_assert(kRows == kSquaresOf, "a tile's squares are one sum");
 
 using Then = FusedGemmArgs::Then;
@@ -94,14 +95,18 @@ struct Layout {
   static constexpr int kAtFirst = 2, kOnTheirWay = kSends ? 4 : 3;  // Steps of b, at most.
   static constexpr int kFactors = kStages * kStageBytes;            // [kTokens] Floats.
   static constexpr int kBarriers = kFactors + 4 * kTokens;
-  static constexpr int kBytes = kBarriers + 24 * kStages + 16;
+  static constexpr int kSlotBarriers = 24;  // That b is there, that a is, that both are free.
+  static constexpr int kTokenSlot = kStageBytes;
+  static constexpr int kBytes = kBarriers + kSlotBarriers * kStages + 16;
   static_assert(kTokens * kPitch * 4 <= kFactors, "the sums take the ring's place");
   static_assert(kOnTheirWay <= kStages);
   static_assert(!kSends || kTokens * kRows * 4 <= kRowsBytes, "what is sent takes a stage's place");
 
   __device__ static uint32_t Rows(uint32_t base, int slot) { return base + slot * kStageBytes; }
   __device__ static uint32_t Tokens(uint32_t base, int slot) { return Rows(base, slot) + kRowsBytes; }
-  __device__ static uint32_t RowsThere(uint32_t base, int slot) { return base + kBarriers + 24 * slot; }
+  __device__ static uint32_t RowsThere(uint32_t base, int slot) {
+    return base + kBarriers + kSlotBarriers * slot;
+  }
   __device__ static uint32_t TokensThere(uint32_t base, int slot) { return RowsThere(base, slot) + 8; }
   __device__ static uint32_t Free(uint32_t base, int slot) { return RowsThere(base, slot) + 16; }
   __device__ static uint32_t TokensFree(uint32_t base, int slot) { return Free(base, slot); }  // With b.
@@ -128,16 +133,22 @@ __device__ inline void ProduceRows(const CUtensorMap* rows, const Problem& probl
                                    int first, int steps) {
   using L = Layout<kTokens>;
   const int row = tile * problem.rows_of_tile;
+  const uint32_t to_free = L::Free(base, 0) - L::RowsThere(base, 0);
+  RingPlace<L::kStages, L::kSlotBarriers, L::kStageBytes> place{L::RowsThere(base, 0), L::Rows(base, 0)},
+      landed = place;
+  constexpr int kMore = L::kStages + L::kOnTheirWay - L::kAtFirst;  // Steps until then await no landing.
+#pragma unroll 1
   for (int step = 0; step < steps; ++step) {
-    if (const int landed = step - (step < L::kStages ? L::kAtFirst : L::kOnTheirWay); landed >= 0) {
-      BarrierWait(L::RowsThere(base, landed % L::kStages), (landed / L::kStages) & 1);
+    if (step >= L::kAtFirst && (step < L::kStages || step >= kMore)) {
+      BarrierWait(landed.barrier, landed.parity);
+      landed.Next();
     }
-    const int slot = step % L::kStages, k = (first + step) * kStep;
-    const uint32_t to = L::Rows(base, slot), there = L::RowsThere(base, slot);
-    BarrierWait(L::Free(base, slot), (step / L::kStages + 1) & 1);
-    BarrierArriveExpecting(there, L::kRowsBytes);
-    CopyBox(to, rows, k, row, there);
-    CopyBox(to + kTileBytes, rows, k, row + problem.second_half, there);
+    const int k = (first + step) * kStep;
+    BarrierWait(place.barrier + to_free, place.parity ^ 1);
+    BarrierArriveExpecting(place.barrier, L::kRowsBytes);
+    CopyBox(place.at, rows, k, row, place.barrier);
+    CopyBox(place.at + kTileBytes, rows, k, row + problem.second_half, place.barrier);
+    place.Next();
     if (steps - step - 1 == StepsLeft(kTokens)) LetNextBegin();
   }
 }
@@ -169,20 +180,25 @@ __device__ inline void MakeRoom(uint32_t base, int blocks, int steps) {
 template <int kTokens>
 __device__ inline void Multiply(uint32_t base, int group, int steps, float (&sums)[kTokens / 2]) {
   using L = Layout<kTokens>;
+  const uint32_t first_rows = TileByRows(L::Rows(base, 0) + group * kTileBytes);
+  const uint32_t to_tokens = TileByRows(L::Tokens(base, 0)) - first_rows;
+  const uint32_t tokens_there = L::TokensThere(base, 0) - L::RowsThere(base, 0),
+                 free = L::Free(base, 0) - L::RowsThere(base, 0);
+  RingPlace<L::kStages, L::kSlotBarriers, L::kStageBytes / 16> place{L::RowsThere(base, 0), first_rows};
+#pragma unroll 1
   for (int step = 0; step < steps; ++step) {
-    const int slot = step % L::kStages;
-    BarrierWait(L::RowsThere(base, slot), (step / L::kStages) & 1);
-    BarrierWait(L::TokensThere(base, slot), (step / L::kStages) & 1);
-    const uint32_t rows = TileByRows(L::Rows(base, slot) + group * kTileBytes);
-    const uint32_t tokens = TileByRows(L::Tokens(base, slot));
+    BarrierWait(place.barrier, place.parity);
+    BarrierWait(place.barrier + tokens_there, place.parity);
+    const uint32_t rows = place.at, tokens = rows + to_tokens, barrier = place.barrier;
     AsyncProductsBegin();
 #pragma unroll
     for (int i = 0; i < kStep / 16; ++i) {
       AsyncProductShared<kTokens>(sums, Further(rows, 32 * i), Further(tokens, 32 * i), step > 0 || i > 0);
     }
     AsyncProductsEnd();
+    place.Next();
     AsyncProductsWait<0>();
-    if (threadIdx.x % 32 == 0) BarrierArrive(L::Free(base, slot));
+    if (threadIdx.x % 32 == 0) BarrierArrive(barrier + free);
   }
   Pin(sums);
 }
@@ -285,7 +301,7 @@ __device__ inline void Finish(const Problem& problem, uint32_t base, const unsig
           const uint32_t at = L::Sent(0, steps, (r - rank) * kShare + i);
           parts[t][r] = *reinterpret_cast<const float4*>(memory + at + 16 * lane);
         } else {
-          parts[t][r] = LoadFromBlock(base + 4 * (i * kPitch + 4 * lane), r);
+          parts[t][r] = LoadFromBlock(InBlock(base + 4 * (i * kPitch + 4 * lane), r));
         }
       }
     }
@@ -371,24 +387,25 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (threadIdx.x % 32 == 0) ProduceRows<kTokens>(&rows, problem, base, tile, first, steps);
     __syncwarp();
     if (L::kSends && blocks > 1) ClusterWait();
+  } else if (warp == 4 * kConsumers + 1) {
+    if (threadIdx.x % 32 == 0) {
+      PrefetchMap(&tokens);
+      AwaitEarlier();
+      ProduceTokens<L>(&tokens, problem, base, first, steps);
+    }
+    __syncwarp();
+    if (L::kSends && blocks > 1) ClusterWait();
+    if (L::kSends && threadIdx.x % 32 == 0) MakeRoom<kTokens>(base, blocks, steps);
+    __syncwarp();
   } else {
-    const bool copies = threadIdx.x % 32 == 0;
-    const int before = min(steps, 2 * L::kStages);  // Later on a pause is not noticed.
-    if (copies) PrefetchMap(&tokens);
     // Parameters come from memory when they are first read: those that are needed last are read here too.
     asm volatile("" ::"l"(problem.c), "l"(problem.squares), "l"(problem.x), "l"(problem.x_squares));
     AwaitEarlier();
-    if (copies) ProduceTokens<L>(&tokens, problem, base, first, 0, before);
-    __syncwarp();
     if (problem.squares != nullptr)
       FindFactors<kTokens>(problem, reinterpret_cast<float*>(memory + L::kFactors));
     __syncwarp();
     if (L::kSends) ExpectSums<kTokens>(problem, base, rank, blocks);
-    if (copies) ProduceTokens<L>(&tokens, problem, base, first, before, steps);
-    __syncwarp();
     if (L::kSends && blocks > 1) ClusterWait();
-    if (L::kSends && copies) MakeRoom<kTokens>(base, blocks, steps);
-    __syncwarp();
   }
   switch (blocks) {
     case 1:

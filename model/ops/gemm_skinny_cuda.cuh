@@ -51,18 +51,38 @@ struct SkinnyProblem {
   float* x_squares;  // [m, SquaresWidth(columns)]
 };
 
-// By one thread: a's part in steps [begin, end) of a block's, whose first is `first`, into the ring of layout
-// L. Of a's rows no more are copied than there are: what the rest of a tile holds gets into the sums of
-// tokens alone that there are not.
+// Where in a ring of `kStages` slots one is: the slot's first barrier, whose like in the next slot is
+// kBarriers bytes further on, the parity of its phase, and what is at the slot, in the next one kSlot further
+// on. So what the next step needs is added up while this one's products run: to divide for it took half of a
+// step.
+template <int kStages, int kBarriers, int kSlot>
+struct RingPlace {
+  uint32_t barrier, at;
+  uint32_t parity = 0;
+  int slot = 0;
+
+  __device__ void Next() {
+    barrier += kBarriers, at += kSlot;
+    if (++slot < kStages) return;
+    slot = 0, parity ^= 1;
+    barrier -= kStages * kBarriers, at -= kStages * kSlot;
+  }
+};
+
+// By one thread: a's part in steps [first, first + steps) into the ring of layout L. Of a's rows no more are
+// copied than there are: what the rest of a tile holds gets into the sums of tokens alone that there are not.
 template <typename L>
 __device__ inline void ProduceTokens(const CUtensorMap* tokens, const SkinnyProblem& problem, uint32_t base,
-                                     int first, int begin, int end) {
-  for (int step = begin; step < end; ++step) {
-    const int slot = step % L::kTokenStages;
-    const uint32_t there = L::TokensThere(base, slot);
-    BarrierWait(L::TokensFree(base, slot), (step / L::kTokenStages + 1) & 1);
-    BarrierArriveExpecting(there, problem.m * kSkinnyStep * 2);
-    CopyBox(L::Tokens(base, slot), tokens, (first + step) * kSkinnyStep, 0, there);
+                                     int first, int steps) {
+  const uint32_t to_free = L::TokensFree(base, 0) - L::TokensThere(base, 0);
+  RingPlace<L::kTokenStages, L::kSlotBarriers, L::kTokenSlot> place{L::TokensThere(base, 0),
+                                                                    L::Tokens(base, 0)};
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    BarrierWait(place.barrier + to_free, place.parity ^ 1);
+    BarrierArriveExpecting(place.barrier, problem.m * kSkinnyStep * 2);
+    CopyBox(place.at, tokens, (first + step) * kSkinnyStep, 0, place.barrier);
+    place.Next();
   }
 }
 
