@@ -63,6 +63,12 @@ ChunkShares Share(std::vector<Unit> units, int64_t pieces, int64_t blocks, int32
   return shares;
 }
 
+// Whether whole heads of `rows` rows would leave half of the blocks idle. Only then, and where rows are split,
+// is a head of 128 columns worked on in halves, each of which takes more than half its time.
+bool LeaveHalfIdle(size_t rows, int64_t heads, int64_t blocks) {
+  return 2 * static_cast<int64_t>(rows) * heads <= blocks;
+}
+
 // How long rows are cut: into as few segments of equal length as have at most `chunks` chunks.
 struct Cut {
   int64_t chunks = INT64_MAX;
@@ -83,7 +89,7 @@ Cut BestCut(const std::vector<Unit>& rows, int64_t heads, int64_t columns, int64
   const auto time = [&](int64_t most, int64_t all, int64_t pieces, int64_t chunk) {
     return chunk * std::max(most + kPieceCost, all * heads * pieces / blocks);
   };
-  const bool in_strips = strips == 1 || 2 * static_cast<int64_t>(rows.size()) * heads <= blocks;
+  const bool in_strips = strips == 1 || LeaveHalfIdle(rows.size(), heads, blocks);
   int64_t least =
       in_strips ? time(longest, total, strips, kStripChunk) : time(longest, total, 1, kWholeChunk);
   least = least * 9 / 10;
@@ -167,12 +173,9 @@ ChunkPlan PlanChunks(absl::Span<const int32_t> offsets, int64_t heads, int64_t c
     }
   }
 
-  // Half the columns of a head take more than half its time: V is split only where blocks would be idle, or
-  // must be.
   int64_t parts = 1;
   if (columns == kWideColumns) parts = kWideParts;
-  const bool idle = 2 * static_cast<int64_t>(rows.size()) * heads <= blocks;
-  if (columns == 128 && (idle || !split_rows.empty())) parts = 2;
+  if (columns == 128 && (LeaveHalfIdle(rows.size(), heads, blocks) || !split_rows.empty())) parts = 2;
   made.parts = static_cast<int32_t>(parts);
   made.blocks = Share(units, heads * parts, blocks, plan, &made.size).blocks;
   made.first = Share(first, heads * parts, blocks, plan, &made.size);
