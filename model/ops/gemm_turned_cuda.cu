@@ -69,8 +69,8 @@
 // In out all of b is there before the tokens: what it takes is two turns of tokens through the ring, sums
 // exchanged, stored, and waited for (the last column, which the gate without a cluster has not). The gate's b
 // comes at 3.4 TB/s while the tokens come out of the L2 beside; its blocks end 2 us apart. From one kernel's
-// end to the next one's tokens are 0.3 to 0.6 us more. A step of 64, a layer (1.94 ms, that morning): q, k,
-// v, beta 9.1, mixer 36.2, out 6, gate and up 17.2, down 9.4.
+// end until the next one may read its tokens it takes 0.2 to 0.4 us more. In a step of 64, a layer (1.94 ms,
+// that morning): q, k, v, beta 9.1, mixer 36.2, out 6, gate and up 17.2, down 9.4.
 //
 // Tried and no gain. This way, with 64 tokens (the four in turn 36.4 to 38.5):
 //   products of a step pending while the next begin; 36, 60 or 72 KiB of b on their way; q, k, v, beta by
