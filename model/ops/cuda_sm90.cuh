@@ -86,6 +86,19 @@ __device__ inline void BarrierWait(uint32_t barrier, uint32_t parity) {
   while (!BarrierTry(barrier, parity)) {
   }
 }
+// Walks over the stages or slots of a ring in turn, with the parity of their barriers.
+template <int kSize>
+struct Ring {
+  int at = 0;
+  uint32_t parity = 0;
+  __device__ void Next() {
+    if (++at == kSize) {
+      at = 0;
+      parity ^= 1;
+    }
+  }
+};
+
 // A barrier among `threads` threads; 0 is __syncthreads().
 __device__ inline void NamedBarrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

@@ -183,19 +183,6 @@ struct Layout {
   }
 };
 
-// Walks over stages or slots in turn, with the parity of their barriers.
-template <int kSize>
-struct Ring {
-  int at = 0;
-  uint32_t parity = 0;
-  __device__ void Next() {
-    if (++at == kSize) {
-      at = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 // What a kernel waits for of the one before it, beside which it may begin.
 enum class Waits {
   kNothing,  // They go side by side.

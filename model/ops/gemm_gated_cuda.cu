@@ -92,15 +92,6 @@ __device__ inline uint32_t B(uint32_t base, int slot) { return A(base, slot) + k
 __device__ inline uint32_t There(uint32_t base, int slot) { return base + kBarriers + 16 * slot; }
 __device__ inline uint32_t Free(uint32_t base, int slot) { return There(base, slot) + 8; }
 
-// Where in the ring one is.
-struct Place {
-  int slot = 0;
-  uint32_t parity = 0;
-  __device__ void Next() {
-    if (++slot == kStages) slot = 0, parity ^= 1;
-  }
-};
-
 // What a block makes: its part of every `stride`-th of the clusters' tiles.
 struct Share {
   int first, stride, count;  // Of tiles.
@@ -134,7 +125,7 @@ __device__ inline void Produce(const CUtensorMap* a, const CUtensorMap* b, const
                       there, 3);
     }
   };
-  Place at;
+  Ring<kStages> stage;
   share.Find(problem, share.first, &row, &column);
   const int ahead = min(problem.steps, kStages);
   for (int step = 0; step < ahead; ++step) {
@@ -142,14 +133,14 @@ __device__ inline void Produce(const CUtensorMap* a, const CUtensorMap* b, const
     copy_b(step, step);
   }
   AwaitEarlier();
-  for (int step = 0; step < ahead; ++step, at.Next()) copy_a(step, step);
+  for (int step = 0; step < ahead; ++step, stage.Next()) copy_a(step, step);
   for (int tile = share.first, begin = ahead; tile < share.count; tile += share.stride, begin = 0) {
     share.Find(problem, tile, &row, &column);
-    for (int step = begin; step < problem.steps; ++step, at.Next()) {
-      BarrierWait(Free(base, at.slot), at.parity ^ 1);
-      BarrierArriveExpecting(There(base, at.slot), kStageBytes);
-      copy_a(step, at.slot);
-      copy_b(step, at.slot);
+    for (int step = begin; step < problem.steps; ++step, stage.Next()) {
+      BarrierWait(Free(base, stage.at), stage.parity ^ 1);
+      BarrierArriveExpecting(There(base, stage.at), kStageBytes);
+      copy_a(step, stage.at);
+      copy_b(step, stage.at);
     }
   }
 }
@@ -163,10 +154,10 @@ __device__ inline void Consume(const CUtensorMap* c, const Problem& problem, con
   const uint32_t out = base + kOut + warp * kOutBytes;
   const uint32_t out_one = out + lane % 16 * (kColumns * 2), out_two = out_one + lane / 16 * 16;
   int tile = share.first, before = 0;  // The stage before the one in hand.
-  Place at;
+  Ring<kStages> stage;
   const auto multiply = [&](float (&sums)[kColumns], int step) {
-    BarrierWait(There(base, at.slot), at.parity);
-    const uint32_t a = TileByRows(A(base, at.slot) + warp / 4 * kTileBytes), b = TileByRows(B(base, at.slot));
+    BarrierWait(There(base, stage.at), stage.parity);
+    const uint32_t a = TileByRows(A(base, stage.at) + warp / 4 * kTileBytes), b = TileByRows(B(base, stage.at));
     AsyncProductsBegin();
 #pragma unroll
     for (int i = 0; i < kStep / 16; ++i) {
@@ -184,8 +175,8 @@ __device__ inline void Consume(const CUtensorMap* c, const Problem& problem, con
   const auto advance = [&](int step) {
     AsyncProductsWait<1>();
     if (step > 0) release();
-    before = at.slot;
-    at.Next();
+    before = stage.at;
+    stage.Next();
   };
   const auto multiply_rest = [&](float (&sums)[kColumns], int begin) {
     for (int step = begin; step < problem.steps; ++step) {
