@@ -388,21 +388,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     __syncwarp();
     if (L::kSends && blocks > 1) ClusterWait();
   } else if (warp == 4 * kConsumers + 1) {
-    if (threadIdx.x % 32 == 0) {
-      PrefetchMap(&tokens);
-      AwaitEarlier();
-      ProduceTokens<L>(&tokens, problem, base, first, steps);
-    }
+    if (threadIdx.x % 32 == 0) ProduceTokens<L>(&tokens, problem, base, first, steps);
     __syncwarp();
     if (L::kSends && blocks > 1) ClusterWait();
     if (L::kSends && threadIdx.x % 32 == 0) MakeRoom<kTokens>(base, blocks, steps);
     __syncwarp();
   } else {
-    // Parameters come from memory when they are first read: those that are needed last are read here too.
-    asm volatile("" ::"l"(problem.c), "l"(problem.squares), "l"(problem.x), "l"(problem.x_squares));
-    AwaitEarlier();
-    if (problem.squares != nullptr)
-      FindFactors<kTokens>(problem, reinterpret_cast<float*>(memory + L::kFactors));
+    FindFactors<kTokens>(problem, reinterpret_cast<float*>(memory + L::kFactors));
     __syncwarp();
     if (L::kSends) ExpectSums<kTokens>(problem, base, rank, blocks);
     if (L::kSends && blocks > 1) ClusterWait();

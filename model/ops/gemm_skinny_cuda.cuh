@@ -69,11 +69,14 @@ struct RingPlace {
   }
 };
 
-// By one thread: a's part in steps [first, first + steps) into the ring of layout L. Of a's rows no more are
-// copied than there are: what the rest of a tile holds gets into the sums of tokens alone that there are not.
+// By one thread, which awaits the kernel before: a's part in steps [first, first + steps) into the ring of
+// layout L. Of a's rows no more are copied than there are: what the rest of a tile holds gets into the sums
+// of tokens alone that there are not.
 template <typename L>
 __device__ inline void ProduceTokens(const CUtensorMap* tokens, const SkinnyProblem& problem, uint32_t base,
                                      int first, int steps) {
+  PrefetchMap(tokens);
+  AwaitEarlier();
   const uint32_t to_free = L::TokensFree(base, 0) - L::TokensThere(base, 0);
   RingPlace<L::kTokenStages, L::kSlotBarriers, L::kTokenSlot> place{L::TokensThere(base, 0),
                                                                     L::Tokens(base, 0)};
@@ -86,9 +89,14 @@ __device__ inline void ProduceTokens(const CUtensorMap* tokens, const SkinnyProb
   }
 }
 
-// By a warp: the factors of up to kTokens tokens' RMSNorms.
+// By a warp, which awaits the kernel before: the factors of up to kTokens tokens' RMSNorms, if there is a
+// norm.
 template <int kTokens>
 __device__ inline void FindFactors(const SkinnyProblem& problem, float* factors) {
+  // Parameters come from memory when they are first read: those that are needed last are read here too.
+  asm volatile("" ::"l"(problem.c), "l"(problem.squares), "l"(problem.x), "l"(problem.x_squares));
+  AwaitEarlier();
+  if (problem.squares == nullptr) return;
   constexpr int kHeld = (kTokens + 31) / 32, kAtOnce = kHeld == 1 ? 16 : 32 / kHeld;
   const int lane = threadIdx.x % 32;
   float sums[kHeld] = {};

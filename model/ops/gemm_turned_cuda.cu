@@ -372,12 +372,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   // Nobody gets past the products before the tokens are there, so before AwaitEarlier is past.
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
   const auto find_factors = [&] {
-    // Parameters come from memory when they are first read: those that are needed last are read here too.
-    asm volatile("" ::"l"(problem.c), "l"(problem.squares), "l"(problem.x), "l"(problem.x_squares));
-    AwaitEarlier();
-    if (problem.squares != nullptr) {
-      FindFactors<kTokens>(problem, reinterpret_cast<float*>(memory + L::kFactors));
-    }
+    FindFactors<kTokens>(problem, reinterpret_cast<float*>(memory + L::kFactors));
     __syncwarp();
   };
   if (warp < kTokens / 16) {
@@ -388,11 +383,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     __syncwarp();
   } else if (warp == kCopierOfTokens) {
-    if (threadIdx.x % 32 == 0) {
-      PrefetchMap(&tokens);
-      AwaitEarlier();
-      ProduceTokens<L>(&tokens, problem, base, first, steps);
-    }
+    if (threadIdx.x % 32 == 0) ProduceTokens<L>(&tokens, problem, base, first, steps);
     __syncwarp();
     if (kTokens == 128) find_factors();
   } else if (warp == 4) {
